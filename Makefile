@@ -1,0 +1,44 @@
+# Python >= 3.11; `make PYTHON=/path/to/python3.12 install` takes another one than the first that is found.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check lua bench sim
+
+help: ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## prepare .venv with everything pinned (quick the second time)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "voucherd needs Python 3.11 or later: make PYTHON=/path/to/python3.11 install"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: install ## start everything on this machine, data in ./var (ARGS='--port 9090')
+	@exec $(BIN)/voucherd up $(ARGS)
+
+test: install ## run the unit, integration and acceptance tests (ARGS='-k replay')
+	$(BIN)/python -m pytest tests $(ARGS)
+
+check: install lua ## ruff, types, the arrows between modules, luacheck, the Lua contract test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/unit/test_lua_contract.py
+
+lua: ## luacheck alone
+	@if command -v luacheck >/dev/null; then luacheck --quiet lua; \
+	else echo "luacheck is missing, the Lua scripts were not linted (Debian's package is lua-check)"; fi
+
+bench: install ## CPU per voucher, next to a no-op application on the same server
+	$(BIN)/python -m loadtest.bench $(ARGS)
+
+sim: install ## the long simulation: 10,000 schedules (ARGS='--seed 7')
+	$(BIN)/python -m tests.simulation --schedules 10000 $(ARGS)

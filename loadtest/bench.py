@@ -1,0 +1,247 @@
+"""CPU per voucher, next to a no-op application on the same uvicorn: `make bench`.
+
+Rates on a shared machine say more about the machine; CPU time per answer is steadier, and the ratio of two measured
+in one run is steadier still.  Each round sends the same number of requests to the no-op application and then to
+voucherd (one serving process, embedded Valkey with appendfsync always, SQLite), and reads the CPU time of each
+process before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from loadtest.client import Run, run
+
+RATIO_MAX = 2.5  # the target: service + Redis over the no-op application
+START_S_MAX = 60.0
+STOP_S_MAX = 30.0
+
+
+def main() -> int:
+    """Measures and prints; exit status 1 if an answer was not 200 or the median ratio is over RATIO_MAX."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of measurements (default 5)")
+    parser.add_argument("--requests", type=int, default=20_000, help="requests of one measurement (default 20,000)")
+    parser.add_argument("--connections", type=int, default=64, help="connections, closed loop (default 64)")
+    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=options.rounds * 2 + 2)
+        rounds: list[dict[str, float]] = []
+        with _noop() as (noop, noop_port), _voucherd(Path(folder), options) as (serving, valkey, work, demo):
+            port = int(demo["base_url"].rsplit(":", 1)[1])
+            vouchers = _VoucherRequests(demo)
+            progress.update(task, advance=1, description="warming up")
+            _measure(noop_port, options, _plain_request, {"noop": [noop]}, warm=True)
+            _measure(port, options, vouchers, {"serve": serving}, warm=True)
+            progress.advance(task)
+            for number in range(options.rounds):
+                progress.update(task, description=f"round {number + 1} of {options.rounds}")
+                floor, floor_cpu = _measure(noop_port, options, _plain_request, {"noop": [noop]})
+                progress.advance(task)
+                ours, cpu = _measure(port, options, vouchers, {"serve": serving, "valkey": valkey, "work": work})
+                progress.advance(task)
+                if set(ours.statuses) != {200} or set(floor.statuses) != {200}:
+                    console.print(f"[red]not every answer was 200: {ours.statuses}, no-op {floor.statuses}")
+                    return 1
+                rounds.append(
+                    {
+                        "noop_us": floor_cpu["noop"], "serve_us": cpu["serve"], "valkey_us": cpu["valkey"],
+                        "work_us": cpu["work"], "ratio": (cpu["serve"] + cpu["valkey"]) / floor_cpu["noop"],
+                        "rate": options.requests / ours.seconds, "noop_rate": options.requests / floor.seconds,
+                        "p50_ms": ours.percentile(0.5) * 1e3, "p99_ms": ours.percentile(0.99) * 1e3,
+                    }
+                )  # fmt: skip
+    return _print(rounds, options)
+
+
+def _print(rounds: list[dict[str, float]], options: argparse.Namespace) -> int:
+    median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    within = median["ratio"] <= RATIO_MAX
+    if options.json:
+        print(json.dumps({"rounds": rounds, "median": median, "ratio_max": RATIO_MAX, "within": within}))
+        return 0 if within else 1
+    table = Table(title=f"{options.requests:,} requests a measurement, {options.connections} connections")
+    for column in ("CPU per answer", "no-op app", "serve", "Valkey", "serve + Valkey", "ratio", "work"):
+        table.add_column(column, justify="right")
+    for number, one in enumerate([*rounds, median], 1):
+        name = "median" if number > len(rounds) else f"round {number}"
+        table.add_row(
+            name, f"{one['noop_us']:.1f} us", f"{one['serve_us']:.1f} us", f"{one['valkey_us']:.1f} us",
+            f"{one['serve_us'] + one['valkey_us']:.1f} us", f"{one['ratio']:.2f}", f"{one['work_us']:.1f} us",
+            style="bold" if number > len(rounds) else "", end_section=number == len(rounds),
+        )  # fmt: skip
+    Console().print(table)
+    print(
+        f"median: {median['rate']:,.0f} vouchers/s (no-op {median['noop_rate']:,.0f}/s), "
+        f"p50 {median['p50_ms']:.1f} ms, p99 {median['p99_ms']:.1f} ms; the load generator shares the machine"
+    )
+    print(f"serve + Valkey is {median['ratio']:.2f} of the no-op app, the target is at most {RATIO_MAX}:", end=" ")
+    print("met" if within else "missed")
+    return 0 if within else 1
+
+
+def _measure(
+    port: int,
+    options: argparse.Namespace,
+    request: object,
+    processes: dict[str, list[psutil.Process]],
+    warm: bool = False,
+) -> tuple[Run, dict[str, float]]:
+    """One run and the CPU microseconds per answer of each group of processes."""
+    requests = options.requests // 10 if warm else options.requests
+    before = {name: sum(map(_cpu_s, group)) for name, group in processes.items()}
+    seen = run("127.0.0.1", port, options.connections, requests, request)  # type: ignore[arg-type]
+    after = {name: sum(map(_cpu_s, group)) for name, group in processes.items()}
+    return seen, {name: (after[name] - before[name]) / requests * 1e6 for name in processes}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _plain_request(number: int) -> bytes:
+    body = (
+        b'{"request_id":"bench-0000000000000000-%d","distributor_id":"DIST-001","terminal_id":"AT-998877","product_ids":["PAY"]}'
+        % number
+    )
+    return (
+        b"POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Authorization: Bearer vch_0000000000000000000000000000000000000000000000000\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+class _VoucherRequests:
+    """Requests with a new id each, over all runs."""
+
+    def __init__(self, demo: dict[str, str]) -> None:
+        self._run = secrets.token_hex(8)
+        self._sent = 0
+        self._head = (
+            "POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Authorization: Bearer {demo['token']}\r\nContent-Length: "
+        ).encode()
+        self._distributor = demo["distributor_id"]
+
+    def __call__(self, _: int) -> bytes:
+        self._sent += 1
+        body = (
+            f'{{"request_id":"bench-{self._run}-{self._sent}","distributor_id":"{self._distributor}",'
+            f'"terminal_id":"AT-{self._sent % 1000}","product_ids":["PAY"]}}'
+        ).encode()
+        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
+
+
+@contextmanager
+def _noop() -> Iterator[tuple[psutil.Process, int]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "loadtest.noop", str(port)])
+    try:
+        deadline = time.monotonic() + START_S_MAX
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise SystemExit("the no-op application did not start") from None
+                time.sleep(0.05)
+        yield psutil.Process(process.pid), port
+    finally:
+        process.terminate()
+        process.wait(STOP_S_MAX)
+
+
+@contextmanager
+def _voucherd(
+    folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[list[psutil.Process], list[psutil.Process], list[psutil.Process], dict[str, str]]]:
+    """`voucherd up` with enough codes for all rounds; yields its serving, Valkey and worker processes."""
+    data, vouchers = folder / "data", options.requests * (options.rounds + 1)
+    environment = {
+        **os.environ,
+        # Windows that hold a whole measurement, so that what is measured is issuing and not waiting for a refill.
+        "VOUCHERD_PLANNED_RATE": str(max(1, options.requests // 20)),
+        "VOUCHERD_STORE_OUTAGE_S": "60",
+    }
+    command = [sys.executable, "-m", "service.cli.main"]
+    up = subprocess.Popen(
+        [*command, "up", "--data-dir", str(data), "--port", "0", "--ops-port", "0"],
+        env=environment, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        demo = _wait_ready(data / "demo.json", up)
+        codes = folder / "codes.csv"
+        with codes.open("w") as file:
+            file.write("code\n")
+            file.writelines(f"BENCH-{number:08d}-{secrets.token_hex(4)}\n" for number in range(vouchers))
+        subprocess.run(
+            [*command, "codes", "import", "CAMP-001", str(codes), "--data-dir", str(data)],
+            env=environment, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        _wait_windows(demo, options.requests)
+        processes = psutil.Process(up.pid).children(recursive=True)
+        words = {process: " ".join(process.cmdline()) for process in processes}
+        serving = [one for one, line in words.items() if "main serve" in line or "service.web.process" in line]
+        valkey = [one for one, line in words.items() if "valkey-server" in line]
+        work = [one for one, line in words.items() if "main work" in line]
+        if not (serving and valkey and work):
+            raise SystemExit(f"can't tell the processes of voucherd up apart: {sorted(words.values())}")
+        yield serving, valkey, work, demo
+    finally:
+        up.terminate()
+        up.wait(STOP_S_MAX)
+
+
+def _wait_ready(demo: Path, up: subprocess.Popen[bytes]) -> dict[str, str]:
+    deadline = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline and up.poll() is None:
+        if demo.exists():
+            found: dict[str, str] = json.loads(demo.read_text())
+            try:
+                with urllib.request.urlopen(f"{found['ops_url']}/readyz", timeout=1):  # noqa: S310 - our own loopback
+                    return found
+            except (urllib.error.URLError, OSError):
+                pass
+        time.sleep(0.1)
+    raise SystemExit("voucherd up did not become ready")
+
+
+def _wait_windows(demo: dict[str, str], codes: int) -> None:
+    """Waits until a voucher comes at once: the import is in, and the window was filled with it."""
+    deadline = time.monotonic() + START_S_MAX
+    request = _VoucherRequests(demo)
+    port = int(demo["base_url"].rsplit(":", 1)[1])
+    while time.monotonic() < deadline:
+        if set(run("127.0.0.1", port, 1, 100, request).statuses) == {200}:
+            return
+        time.sleep(0.2)
+    raise SystemExit(f"the window did not fill with {codes:,} codes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+#!lua flags=allow-oom
+-- Takes entries out of the outbox that are in the ledger (or parked) for good.
+--
+-- KEYS
+--   1  totals    hash
+--   2  outbox    stream
+-- ARGV
+--   1  consumer group
+--   2  highest outbox sequence in the ledger now, 0 if unknown
+--   then per entry: its stream id, the codes that it held
+-- Returns {status, entries taken out}
+--   OK  each entry that was still there is acknowledged, deleted and no longer counted
+-- Cost: 2 us an entry
+
+local seq = tonumber(ARGV[2])
+local flushed, codes = unpack(redis.call('HMGET', KEYS[1], 'flushed', 'codes'))
+flushed, codes = tonumber(flushed or 0), tonumber(codes or 0)
+if not seq or seq % 1 ~= 0 or seq < 0 or seq > 9007199254740991 or not flushed or not codes
+  or #ARGV < 2 or #ARGV % 2 ~= 0 then
+  return redis.error_reply('BADCALL flushed')
+end
+for i = 3, #ARGV, 2 do
+  local ms, nth = string.match(ARGV[i], '^(%d+)%-(%d+)$')
+  local held = tonumber(ARGV[i + 1])
+  if not ms or #ms > 19 or #nth > 19 -- a stream id is two numbers below 2^64, ours are far below
+    or not held or held % 1 ~= 0 or held < 0 or held > 9007199254740991 then
+    return redis.error_reply('BADCALL argument ' .. i .. ' of flushed')
+  end
+end
+if redis.call('EXISTS', KEYS[2]) == 0 then
+  return {'OK', 0} -- the whole outbox is gone; there is nothing to count
+end
+
+local taken, held = 0, 0
+for i = 3, #ARGV, 2 do
+  redis.call('XACK', KEYS[2], ARGV[1], ARGV[i])
+  if redis.call('XDEL', KEYS[2], ARGV[i]) == 1 then
+    taken, held = taken + 1, held + tonumber(ARGV[i + 1])
+  end
+end
+if held > 0 then
+  redis.call('HINCRBY', KEYS[1], 'codes', -held)
+end
+if seq > flushed then
+  redis.call('HSET', KEYS[1], 'flushed', string.format('%d', seq))
+end
+return {'OK', taken}

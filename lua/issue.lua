@@ -1,0 +1,340 @@
+#!lua
+-- Gives codes to a batch of requests, or says for each why not.  The whole batch is read, then decided, then
+-- written: a failed command does not undo earlier writes, so nothing that can be refused comes after the first.
+--
+-- KEYS
+--   1  generation    hash
+--   2  fence         string
+--   3  totals        hash
+--   4  outbox        stream
+--   5  demand        sorted set
+--   6  and on: for each pool its window (list) and its pool hash; for each counter the caps hash of this period
+--      and of the next (a total: the same key twice); for each request its replay record (string)
+-- ARGV
+--   1  generation that the KEYS were made for
+--   2  catalogue version that the requests were routed by
+--   3  nonce, returned
+--   4  most codes that the outbox may hold
+--   5  most codes to set aside in this call
+--   6  seconds that a replay record lives
+--   7  number of pools    8  number of counters    9  number of plans    10  number of requests
+--   then per pool:     id, least life in seconds
+--        per counter:  start, middle, end (Unix seconds): the first hash counts in [start, middle), the second
+--                      in [middle, end); a total has start 0 and middle = end
+--        per plan:     number of candidates; for each: pool index, from, until (0: open), rule (opaque text),
+--                      number of caps; for each: counter index, field (a trailing ':' takes the terminal), limit
+--        per request:  plan index (0: no candidate), quantity, 1 if its key was looked up in the ledger,
+--                      terminal, payload, head (api, distributor, client, key: four lines)
+-- Returns {status, nonce, open generation, now, ...}
+--   OK     then for each request a status and its detail:
+--            ISSUED   the record
+--            REPLAY   the record that was there
+--            REUSED   '' : the record that was there has another payload
+--            LOOKUP   '' : no record, but records are being restored: look in the ledger, then ask again
+--            REFILL   pool index: its window is short and not known to be exhausted
+--            BACKLOG  '' : would issue, but the outbox is at its bound
+--            NONE     for each candidate, comma-separated: before, after, capped, exhausted
+--   STALE  then the fence: it is above the catalogue version.  Nothing was written
+--   LOST   generation or identity do not agree.  Nothing was written
+--   CLOCK  the periods sent do not hold now.  Nothing was written
+-- Cost: 5 to 7 us a voucher from batches of 16 up
+
+local bad
+local function integer(position, least)
+  local value = tonumber(ARGV[position])
+  if not value or value % 1 ~= 0 or value < least or value > 9007199254740991 then
+    bad = bad or position
+    return least
+  end
+  return value
+end
+
+-- read: who am I, who asks -------------------------------------------------------------------------------------
+local generation_key, fence_key, totals_key, outbox_key, demand_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local nonce = ARGV[3]
+local now = tonumber(redis.call('TIME')[1])
+
+local open, replid, restoring = unpack(redis.call('HMGET', generation_key, 'open', 'replid', 'restoring'))
+local present = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+local fence = tonumber(redis.call('GET', fence_key) or nil)
+if open ~= ARGV[1] or replid ~= present or not fence then
+  return {'LOST', nonce, open or '', now}
+end
+local version = integer(2, 0)
+if fence > version then
+  return {'STALE', nonce, open, now, string.format('%d', fence)}
+end
+
+-- read: arguments ------------------------------------------------------------------------------------------------
+local outbox_max, aside_left, retention = integer(4, 0), integer(5, 0), integer(6, 1)
+local pool_count, counter_count, plan_count, request_count = integer(7, 0), integer(8, 0), integer(9, 0), integer(10, 0)
+if bad or retention > 31622400 or #KEYS ~= 5 + 2 * pool_count + 2 * counter_count + request_count then
+  return redis.error_reply('BADCALL argument ' .. (bad or 0) .. ' of issue')
+end
+local at = 11 -- the argument to read next
+local key_at = 6
+
+local pools = {}
+for i = 1, pool_count do
+  pools[i] = {index = i, id = ARGV[at], least_life = integer(at + 1, 0), window = KEYS[key_at], hash = KEYS[key_at + 1]}
+  at, key_at = at + 2, key_at + 2
+end
+
+local counters = {}
+for i = 1, counter_count do
+  local start, middle, stop = integer(at, 0), integer(at + 1, 0), integer(at + 2, 0)
+  if bad or (start > 0 and (middle <= start or stop < middle or stop - start > 31622400)) then
+    return redis.error_reply('BADCALL argument ' .. (bad or at) .. ' of issue')
+  end
+  if now < start or now >= stop then
+    return {'CLOCK', nonce, open, now}
+  end
+  local counter = {used = {}, added = {}, fields = {}}
+  if now < middle then
+    counter.key, counter.expires = KEYS[key_at], start > 0 and 2 * middle - start
+  else
+    counter.key, counter.expires = KEYS[key_at + 1], start > 0 and 2 * stop - middle
+  end
+  counters[i] = counter
+  at, key_at = at + 3, key_at + 2
+end
+
+local plans = {}
+for i = 1, plan_count do
+  local plan = {}
+  local candidate_count = integer(at, 0)
+  at = at + 1
+  for c = 1, candidate_count do
+    local candidate = {
+      pool = pools[integer(at, 1)], from = integer(at + 1, 0), till = integer(at + 2, 0), rule = ARGV[at + 3],
+    }
+    local cap_count = integer(at + 4, 0)
+    at = at + 5
+    if bad or not candidate.pool then
+      return redis.error_reply('BADCALL argument ' .. (bad or at) .. ' of issue')
+    end
+    for k = 1, cap_count do
+      local counter, field, limit = counters[integer(at, 1)], ARGV[at + 1], integer(at + 2, 0)
+      if bad or not counter then
+        return redis.error_reply('BADCALL argument ' .. (bad or at) .. ' of issue')
+      end
+      candidate[k] = {counter = counter, field = field, limit = limit, per_terminal = string.sub(field, -1) == ':'}
+      at = at + 3
+    end
+    plan[c] = candidate
+  end
+  plans[i] = plan
+end
+
+if #ARGV ~= at - 1 + 6 * request_count then
+  return redis.error_reply('BADCALL number of arguments of issue')
+end
+local quantities, vouchers = {}, 0
+for i = 1, request_count do
+  local first = at + 6 * (i - 1)
+  local plan = integer(first, 0)
+  quantities[i] = integer(first + 1, 1)
+  if bad or plan > plan_count then
+    return redis.error_reply('BADCALL argument ' .. (bad or first) .. ' of issue')
+  end
+  vouchers = vouchers + quantities[i]
+end
+
+-- read: state ----------------------------------------------------------------------------------------------------
+local broken -- what no writer of ours can have left in Redis
+local function count_of(value, key)
+  local count = tonumber(value or 0)
+  if not count or count % 1 ~= 0 or count > 9007199254740991 then
+    broken = key
+    return 0
+  end
+  return count
+end
+
+local totals = redis.call('HMGET', totals_key, 'seq', 'codes', 'popped', 'set_aside')
+for i = 1, 4 do
+  totals[i] = count_of(totals[i], totals_key)
+end
+local seq, room = totals[1], outbox_max - totals[2] -- room: codes that the outbox may still take
+redis.call('ZCARD', demand_key) -- raises on a wrong type, now rather than after the first write
+
+for _, pool in ipairs(pools) do
+  pool.length = redis.call('LLEN', pool.window)
+  local stock, exhausted, low = unpack(redis.call('HMGET', pool.hash, 'stock', 'exhausted', 'low'))
+  pool.exhausted = stock and stock == exhausted
+  pool.low = count_of(low, pool.hash)
+  pool.loaded, pool.taken, pool.codes, pool.asides = 0, 0, {}, {}
+end
+
+local replays = request_count > 0 and redis.call('MGET', unpack(KEYS, key_at)) or {}
+
+-- Looks ahead in a window until `count` codes beyond those taken are at hand; steps over codes with too little life.
+local function at_hand(pool, count)
+  local codes = pool.codes
+  while #codes - pool.taken < count do
+    if pool.blocked or pool.loaded >= pool.length then
+      return false
+    end
+    local ahead = redis.call('LRANGE', pool.window, pool.loaded, pool.loaded + math.max(vouchers, 1) - 1)
+    if #ahead == 0 then
+      return false
+    end
+    for i = 1, #ahead do
+      local expires = tonumber(string.match(ahead[i], '^(%d+)\t'))
+      if not expires then
+        broken = pool.window
+        return false
+      end
+      if expires > now + pool.least_life then
+        codes[#codes + 1] = ahead[i]
+      elseif aside_left > 0 and room > 0 then
+        aside_left, room = aside_left - 1, room - 1
+        pool.asides[#pool.asides + 1] = ahead[i]
+      else
+        pool.blocked = true -- the next call sets more aside; until then nothing behind this code is at hand
+        break
+      end
+      pool.loaded = pool.loaded + 1
+    end
+  end
+  return true
+end
+
+local function used(counter, field)
+  local count = counter.used[field]
+  if not count then
+    count = count_of(redis.call('HGET', counter.key, field), counter.key)
+    counter.used[field] = count
+  end
+  return count
+end
+
+-- decide ---------------------------------------------------------------------------------------------------------
+local reply = {'OK', nonce, open, now}
+local issued, records = {}, {} -- issued: text by replay key; records: in order of their codes
+local record_keys = {}
+local codes_issued = 0
+
+local function decide(i)
+  local first = at + 6 * (i - 1)
+  local payload, key = ARGV[first + 4], KEYS[key_at + i - 1]
+  local record = issued[key] or replays[i]
+  if record then
+    local layout_end = string.find(record, '\n', 1, true) or 0
+    if string.sub(record, layout_end + 1, layout_end + #payload + 1) == payload .. '\n' then
+      return 'REPLAY', record
+    end
+    return 'REUSED', ''
+  end
+  if restoring and ARGV[first + 2] ~= '1' then
+    return 'LOOKUP', ''
+  end
+  local plan, quantity, terminal = plans[tonumber(ARGV[first])] or {}, quantities[i], ARGV[first + 3]
+  local stops = {}
+  for c = 1, #plan do
+    local candidate = plan[c]
+    local pool, take, stop = candidate.pool, quantity, nil
+    if now < candidate.from then
+      stop = 'before'
+    elseif candidate.till > 0 and now >= candidate.till then
+      stop = 'after'
+    else
+      for k = 1, #candidate do
+        local cap = candidate[k]
+        local field = cap.per_terminal and cap.field .. terminal or cap.field
+        take = math.min(take, cap.limit - used(cap.counter, field))
+      end
+      if take <= 0 then
+        stop = 'capped'
+      elseif pool.exhausted and not at_hand(pool, quantity) and not pool.blocked then
+        stop = 'exhausted'
+      elseif not at_hand(pool, take) then
+        if pool.blocked and room <= 0 then
+          return 'BACKLOG', ''
+        end
+        pool.wanted = true
+        return 'REFILL', pool.index
+      end
+    end
+    if not stop then
+      if take > room then
+        return 'BACKLOG', ''
+      end
+      room = room - take
+      for k = 1, #candidate do
+        local cap = candidate[k]
+        local field = cap.per_terminal and cap.field .. terminal or cap.field
+        local counter = cap.counter
+        counter.used[field] = counter.used[field] + take
+        if not counter.added[field] then
+          counter.fields[#counter.fields + 1] = field
+        end
+        -- two caps may share a counter (distributor and day, say), never a field: one rule, one limit
+        counter.added[field] = (counter.added[field] or 0) + take
+      end
+      local codes = table.concat(pool.codes, '\n', pool.taken + 1, pool.taken + take)
+      pool.taken = pool.taken + take
+      codes_issued = codes_issued + take
+      record = '1\n' .. payload .. '\n' .. ARGV[first + 5] .. '\n' .. string.format('%d', now) .. '\n'
+        .. candidate.rule .. '\n' .. codes
+      issued[key] = record
+      records[#records + 1], record_keys[#record_keys + 1] = record, key
+      return 'ISSUED', record
+    end
+    stops[c] = stop
+  end
+  return 'NONE', table.concat(stops, ',')
+end
+
+for i = 1, request_count do
+  reply[3 + 2 * i], reply[4 + 2 * i] = decide(i)
+end
+if broken then
+  return redis.error_reply('BROKEN ' .. broken)
+end
+
+-- write ----------------------------------------------------------------------------------------------------------
+local asides = {}
+for _, pool in ipairs(pools) do
+  for _, code in ipairs(pool.asides) do
+    asides[#asides + 1] = code
+  end
+end
+
+local leaving = codes_issued + #asides
+if leaving > 0 then
+  redis.call('XADD', outbox_key, '*', 'generation', open, 'seq', string.format('%d', seq + 1),
+    'codes', string.format('%d', leaving),
+    'issued', table.concat(records, '\30'), 'asides', table.concat(asides, '\30'))
+  for i = 1, #records do
+    redis.call('SET', record_keys[i], records[i], 'EX', retention)
+  end
+  redis.call('HSET', totals_key, 'seq', string.format('%d', seq + 1))
+  redis.call('HINCRBY', totals_key, 'codes', leaving)
+  redis.call('HINCRBY', totals_key, 'popped', codes_issued)
+  if #asides > 0 then
+    redis.call('HINCRBY', totals_key, 'set_aside', #asides)
+  end
+  for _, counter in ipairs(counters) do
+    for _, field in ipairs(counter.fields) do
+      redis.call('HINCRBY', counter.key, field, counter.added[field])
+    end
+    if counter.expires and #counter.fields > 0 then
+      redis.call('EXPIREAT', counter.key, counter.expires)
+    end
+  end
+end
+
+for _, pool in ipairs(pools) do
+  for _, code in ipairs(pool.asides) do
+    redis.call('LREM', pool.window, 1, code)
+  end
+  if pool.taken > 0 then
+    redis.call('LPOP', pool.window, pool.taken)
+  end
+  local left = pool.length - pool.taken - #pool.asides
+  if not pool.exhausted and (pool.wanted or left < pool.low) then
+    redis.call('ZADD', demand_key, left, pool.id)
+  end
+end
+return reply

@@ -1,0 +1,90 @@
+"""voucherd: hands out voucher codes, one code to one request, for good.
+
+Every command is in a file by its noun.  A fault is one line on standard error that says what to do, and exit status 1;
+a command that was typed wrong exits with 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import structlog
+import typer
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+from typer.core import TyperGroup
+
+from service.cli import books, campaigns, codes, distributors, ledger, pools, processes, tokens
+from service.cli.console import complain
+from service.cli.up import up
+from service.errors import Fault, RedisFull, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
+
+# What to do about a fault whose message does not say it.
+ADVICE: Final[dict[type[Fault], str]] = {
+    RedisUnreachable: "see that Redis runs, and that VOUCHERD_REDIS_URL or --data-dir names it",
+    RedisFull: "give Redis more memory",
+    StoreUnreachable: "see that the store runs, and that VOUCHERD_STORE_URL or --data-dir names it; "
+    "then look whether the change was made before you repeat it",
+    StoreIsOlder: "nothing was changed; bring back the newest store, or repair it, before going on",
+    ScriptFailed: "see that all processes are of the same version; nothing else writes into this Redis",
+}
+
+
+class Commands(TyperGroup):
+    """The boundary of every command: no fault leaves it as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Fault as fault:
+            advice = next((text for kind, text in ADVICE.items() if isinstance(fault, kind)), "")
+            _end(f"{str(fault).rstrip('.')}{'; ' if advice else ''}{advice}")
+        except RedisError as error:  # by its type alone: a message may quote what was sent
+            _end(f"Redis refused or did not answer ({type(error).__name__}): {ADVICE[RedisUnreachable]}")
+        except SQLAlchemyError as error:
+            _end(f"the store refused a statement ({type(error).__name__}): {ADVICE[StoreUnreachable]}")
+        except OSError as error:
+            _end(f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}")
+
+
+def _end(text: str) -> None:
+    complain(text)
+    raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="voucherd hands out voucher codes: one code to one request, for good.\n\n"
+    "`voucherd up` starts everything on this machine. The other commands work on the data of an `up` "
+    "(--data-dir), or on the Redis and the store that the VOUCHERD_… settings name.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(up)
+app.command()(processes.serve)
+app.command()(processes.work)
+app.command()(processes.migrate)
+app.add_typer(distributors.app, name="distributor")
+app.add_typer(tokens.app, name="token")
+app.add_typer(pools.app, name="pool")
+app.add_typer(campaigns.app, name="campaign")
+app.add_typer(codes.app, name="codes")
+app.add_typer(ledger.app, name="ledger")
+app.command()(books.audit)
+app.command()(books.status)
+
+
+@app.callback()
+def begin() -> None:
+    # A command says what it has to say itself; processes turn their log on.
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
+
+def main() -> None:
+    """The console script ``voucherd``."""
+    app(prog_name="voucherd")
+
+
+if __name__ == "__main__":
+    main()

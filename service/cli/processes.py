@@ -1,0 +1,113 @@
+"""``voucherd serve``, ``voucherd work`` and ``voucherd migrate``."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service import logs
+from service.cli import options
+from service.cli.connections import settings_of
+from service.cli.console import say
+from service.errors import Misconfigured
+from service.store.database import Database
+from service.store.database import migrate as migrate_store
+from service.web.serve import Addresses
+from service.web.serve import serve as serve_until_stopped
+from service.worker.runner import work as work_until
+
+
+def serve(
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Port of the API, 0 picks a free one.", show_default="8080")
+    ] = None,
+    ops_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65_535, help="Port of metrics and health, 0 picks a free one.", show_default="8081"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Processes that serve the API.", show_default="1")
+    ] = None,
+    data_dir: options.DataDir = None,
+) -> None:
+    """Serve the API, and metrics and health on the ops port, until SIGTERM or Ctrl-C; then drain and end."""
+    settings = settings_of(data_dir, port=port, ops_port=ops_port, workers=workers)
+    raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce)))
+
+
+def work(data_dir: options.DataDir = None) -> None:
+    """Run the background worker: refill windows, write the ledger, recover. Several may run on PostgreSQL."""
+    logs.configure()
+    settings = settings_of(data_dir)
+    database = Database.connect(settings.store_url)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await work_until(settings, stop)
+
+    if not database.is_sqlite:
+        asyncio.run(run())
+        return
+    with only_worker(Path(str(database.url.database))):
+        asyncio.run(run())
+
+
+def migrate(data_dir: options.DataDir = None) -> None:
+    """Bring the store's schema to this version, from any older one or from nothing. May be repeated."""
+    settings = settings_of(data_dir)
+
+    async def run() -> None:
+        database = Database.connect(settings.store_url)
+        if database.is_sqlite:
+            Path(str(database.url.database)).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            await migrate_store(database)
+        finally:
+            await database.close()
+
+    asyncio.run(run())
+    say("the store is at this version's schema")
+
+
+@contextmanager
+def only_worker(store: Path) -> Iterator[None]:
+    """No other worker runs on this SQLite file.  The lock goes with the process; a file left behind means nothing.
+
+    Raises Misconfigured.
+    """
+    try:
+        file = os.open(f"{store}.worker", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Misconfigured(f"the lock beside the store {store} can't be had: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(file, 20).decode() or "unknown"
+            raise Misconfigured(
+                f"another `voucherd work` (pid {pid}) runs on {store}: one is enough, and several need PostgreSQL"
+            ) from None
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(file)
+
+
+def _announce(at: Addresses) -> None:
+    say(f"serving the API on {_shown(at.public)}, metrics and health on {_shown(at.ops)}")
+
+
+def _shown(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

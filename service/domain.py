@@ -1,0 +1,171 @@
+"""The words of the service as values: codes, records, requests, outcomes.
+
+A **record** is one line-based text, made by ``lua/issue.lua`` and by nobody else on the hot path.  The same
+bytes are the replay record, the outbox's content and the source of every answer, which is why a replay is
+byte-identical.  Its first line is the layout; a new layout gets a new number and keeps the old reader.
+
+    1                                     layout
+    <payload>                             what the client asked for, canonical; compared on a replay
+    <api>                                 v1
+    <distributor>
+    <client>                              whose keys these are; the distributor itself on v1
+    <key>                                 v1: request_id
+    <issued_at>                           Unix seconds, by the Redis server's clock
+    <rule>                                campaign, pool, category, product, until (0: open), tab-separated
+    <code> ...                            one line a code: expires_at, lot, seq, code, serial, tab-separated
+
+No field may hold a control character; what comes from outside is validated before it gets here.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+LAYOUT: Final = "1"
+RECORD_SEPARATOR: Final = "\x1e"  # between records (and between set-aside codes) in one outbox entry
+
+Api = Literal["v1", "v3"]
+
+
+class Code(msgspec.Struct, frozen=True):
+    """One voucher code.  ``(lot, seq)`` is its position in stock; ``expires_at`` is Unix seconds."""
+
+    expires_at: int
+    lot: int
+    seq: int
+    code: str
+    serial: str
+
+    def pack(self) -> str:
+        return f"{self.expires_at}\t{self.lot}\t{self.seq}\t{self.code}\t{self.serial}"
+
+    @classmethod
+    def unpack(cls, line: str) -> Code:
+        """Raises ValueError if ``line`` is not a packed code."""
+        expires_at, lot, seq, code, serial = line.split("\t")
+        return cls(int(expires_at), int(lot), int(seq), code, serial)
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """Which campaign turned which of the products asked for into a code.  ``until`` is Unix seconds, 0 if open."""
+
+    campaign: str
+    pool: str
+    category: str
+    product: str
+    until: int
+
+    def pack(self) -> str:
+        return f"{self.campaign}\t{self.pool}\t{self.category}\t{self.product}\t{self.until}"
+
+    @classmethod
+    def unpack(cls, line: str) -> Rule:
+        """Raises ValueError if ``line`` is not a packed rule."""
+        campaign, pool, category, product, until = line.split("\t")
+        return cls(campaign, pool, category, product, int(until))
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One answered request, whole: every field of every answer can be told from it."""
+
+    payload: str
+    api: str
+    distributor: str
+    client: str
+    key: str
+    issued_at: int
+    rule: Rule
+    codes: tuple[Code, ...]
+
+    @property
+    def terminal(self) -> str:
+        """The device that asked; '' on an API that knows no terminals."""
+        return self.payload.split("\t", 1)[0] if self.api == "v1" else ""
+
+    def pack(self) -> str:
+        head = (LAYOUT, self.payload, self.api, self.distributor, self.client, self.key, str(self.issued_at))
+        return "\n".join((*head, self.rule.pack(), *(code.pack() for code in self.codes)))
+
+    @classmethod
+    def unpack(cls, text: str) -> Record:
+        """Raises ValueError if ``text`` is not a record of a layout this version reads."""
+        layout, payload, api, distributor, client, key, issued_at, rule, *codes = text.split("\n")
+        if layout != LAYOUT or not codes:
+            raise ValueError(f"not a record of layout {LAYOUT}")
+        return cls(
+            payload, api, distributor, client, key, int(issued_at),
+            Rule.unpack(rule), tuple(Code.unpack(line) for line in codes),
+        )  # fmt: skip
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One request as the hot path sees it, whichever API it came by.  All fields are validated.
+
+    ``payload`` is the canonical text compared on a replay, ``products`` what to look for in this order,
+    ``quantity`` 1..20 codes under this one key.
+    """
+
+    api: str
+    client: str
+    key: str
+    distributor: str
+    terminal: str
+    products: tuple[str, ...]
+    payload: str
+    quantity: int = 1
+
+
+class Issued(msgspec.Struct, frozen=True):
+    """The voucher is the client's, durably.  ``record`` is the text above; ``replayed`` if it was issued before."""
+
+    record: str
+    replayed: bool
+
+
+class KeyReused(msgspec.Struct, frozen=True):
+    """The key was used for another payload.  Nothing was issued."""
+
+
+Stop = Literal["paused", "before", "after", "cap_reached", "exhausted"]
+
+
+class Considered(msgspec.Struct, frozen=True):
+    """One campaign that was looked at for one product, and the rule that stopped it."""
+
+    product_id: str
+    campaign_id: str
+    stopped_by: Stop
+
+
+class Unavailable(msgspec.Struct, frozen=True):
+    """No campaign may issue.  ``code`` says how far the furthest candidate got; nothing was issued."""
+
+    code: Literal["no_campaign", "not_running", "cap_reached", "exhausted"]
+    considered: tuple[Considered, ...]
+
+
+class Unauthorized(msgspec.Struct, frozen=True):
+    """The credential does not hold, by a catalogue that is in force."""
+
+    code: Literal["token_missing", "token_unknown", "distributor_mismatch"]
+
+
+class Suspended(msgspec.Struct, frozen=True):
+    """The distributor is suspended, by a catalogue that is in force."""
+
+
+class Busy(msgspec.Struct, frozen=True):
+    """Not now.  Retrying with the same key is safe, whether or not something was issued."""
+
+    code: Literal["overloaded", "store_unreachable", "refilling", "draining"]
+
+
+class Authenticated(msgspec.Struct, frozen=True):
+    """The token belongs to this active distributor, by a catalogue that is in force."""
+
+    distributor: str
+
+
+Outcome = Issued | KeyReused | Unavailable | Unauthorized | Suspended | Busy

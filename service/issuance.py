@@ -1,0 +1,437 @@
+"""The hot path: gather requests, call ``issue`` once, answer.  Read it top to bottom.
+
+One script call is on the wire at a time; while it is, the next batch gathers.  There is no timer: an idle service
+sends batches of one, a busy one large batches.
+
+Nothing that depends on the catalogue is decided from memory alone (P6).  Every request is authenticated and routed
+by the catalogue that its batch is sent with, and the script's fence confirms that version or the batch is routed
+again.  A refusal (an unknown token, say) waits for the same confirmation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import Final
+
+import msgspec
+import structlog
+
+from service import metrics
+from service.catalogue import Catalogue, Route, period_bounds
+from service.domain import (
+    Authenticated,
+    Busy,
+    Issued,
+    KeyReused,
+    Outcome,
+    Record,
+    Request,
+    Suspended,
+    Unauthorized,
+)
+from service.errors import Fault, RedisFull, RedisUnreachable
+from service.scripts import Answer, Counter, PeriodBounds, Reply, Routed, Scripts
+
+log = structlog.get_logger()
+
+# Vouchers of one batch: at 6 us each a call stays near 1.5 ms, and larger ones save nothing more (design 8).
+BATCH_VOUCHERS_MAX: Final = 256
+
+# Refusals waiting for a fence check; they cost one script call for all, so this only bounds memory.
+CHECKS_MAX: Final = 1_024
+
+# A catalogue may be superseded while it loads, and a generation while it is adopted; a third time is someone else's
+# trouble, and the client's retry is safe.
+ATTEMPTS_MAX: Final = 4
+
+# Requests of one pool that wait for its refill; past it 503 `refilling`.
+REFILL_WAITERS_MAX: Final = 512
+
+# A refill takes a store transaction and a script, some 5 ms; asking again starts there and backs off.
+REFILL_RETRY_S_MIN: Final = 0.005
+REFILL_RETRY_S_MAX: Final = 0.1
+
+# After this many failures in a row nobody waits for Redis but one probe at a time, this often.
+BREAKER_FAILURES: Final = 3
+BREAKER_PROBE_S: Final = 0.2
+
+LoadCatalogue = Callable[[int], Awaitable[Catalogue]]
+Lookup = Callable[[Sequence[Request]], Awaitable[Mapping[Request, Record]]]
+
+
+class Issuer:
+    """Issues vouchers for one process and one partition.
+
+    ``load_catalogue(version)`` gives a catalogue of at least that version (0: the newest) and raises a Fault if it
+    can't; ``lookup`` says which requests the ledger knows by key, for the time that records are being restored.
+    """
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        load_catalogue: LoadCatalogue,
+        lookup: Lookup,
+        *,
+        outbox_max: int,
+        retention_s: int,
+        queue_max: int,
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._scripts = scripts
+        self._load_catalogue = load_catalogue
+        self._lookup = lookup
+        self._outbox_max = outbox_max
+        self._retention_s = retention_s
+        self._queue_max = queue_max
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._unix_clock = unix_clock
+
+        self.catalogue: Catalogue | None = None
+        self._generation = 0
+        self._server_ahead_s = 0.0  # Redis' clock less ours, as of its last reply
+
+        self._queue: deque[_Waiting] = deque()
+        self._queued_vouchers = 0
+        self._checks: list[_Waiting] = []
+        self._refilling: dict[str, list[_Waiting]] = {}
+        self._waiting = 0  # requests accepted and not yet answered
+        self._work_to_do = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._failures = 0
+        self._probe_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what the web asks ---------------------------------------------------------------------------------------
+
+    async def issue(self, token: str, request: Request) -> Outcome:
+        """The outcome of one request.  Whatever it is, sending the same request again is safe.
+
+        ``Issued`` is durable when it is returned.  ``Busy`` may mean that the outcome is unknown: the same key gets
+        the same voucher then.  Everything else: nothing was issued.
+        """
+        if (busy := self._busy()) is not None:
+            return busy
+        if self._queued_vouchers + request.quantity > self._queue_max:
+            return OVERLOADED
+        waiting = _Waiting(token, request, asyncio.get_running_loop().create_future(), self._clock() + self._deadline_s)
+        self._queue.append(waiting)
+        self._queued_vouchers += request.quantity
+        return await self._answer_to(waiting)  # type: ignore[return-value]
+
+    async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy:
+        """Whose ``token`` is, by a catalogue that was in force after this call began."""
+        if (busy := self._busy()) is not None:
+            return busy
+        if len(self._checks) >= CHECKS_MAX:
+            return OVERLOADED
+        waiting = _Waiting(token, None, asyncio.get_running_loop().create_future(), self._clock() + self._deadline_s)
+        self._checks.append(waiting)
+        return await self._answer_to(waiting)  # type: ignore[return-value]
+
+    @property
+    def ready(self) -> bool:
+        """A catalogue was loaded once, and new requests are taken."""
+        return self.catalogue is not None and not self._draining
+
+    def adopt(self, catalogue: Catalogue) -> None:
+        """Decides by ``catalogue`` from the next batch on, unless a newer one is in use already."""
+        if self.catalogue is None or catalogue.version > self.catalogue.version:
+            self.catalogue = catalogue
+
+    def start(self) -> None:
+        """Begins to serve, in the running event loop."""
+        self._spawn(self._gather())
+
+    async def drain(self) -> None:
+        """Takes no new requests and returns when every accepted one has its answer."""
+        self._draining = True
+        await self._idle.wait()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- gather --------------------------------------------------------------------------------------------------
+
+    async def _gather(self) -> None:
+        while True:
+            await self._work_to_do.wait()
+            batch, vouchers = self._checks, 0
+            self._checks = []
+            while self._queue and vouchers + self._queue[0].vouchers <= BATCH_VOUCHERS_MAX:
+                waiting = self._queue.popleft()
+                vouchers += waiting.vouchers
+                batch.append(waiting)
+            self._queued_vouchers -= vouchers
+            metrics.queue.set(self._queued_vouchers)
+            if not self._queue:
+                self._work_to_do.clear()
+            try:
+                await self._serve(batch)
+            except Exception:  # the boundary of the loop: one defect must not end the service
+                log.exception("batch failed")
+                self._answer_all(batch, UNREACHABLE)
+
+    # --- call ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self, batch: list[_Waiting]) -> None:
+        overdue = self._clock()
+        for waiting in batch:
+            if waiting.deadline < overdue:
+                self._answer(waiting, OVERLOADED)
+        batch = [waiting for waiting in batch if not waiting.answer.done()]
+        for _ in range(ATTEMPTS_MAX):
+            if not batch:
+                return
+            try:
+                catalogue = self.catalogue or await self._load(0)
+                routed, refused = self._route(catalogue, batch)
+                try:
+                    reply = await self._call(catalogue, routed)
+                except RedisFull:
+                    await self._replay_only(catalogue, routed, refused)
+                    return
+                self._failures = 0
+                metrics.batch_replies.labels(reply.status).inc()
+                self._server_ahead_s = reply.now - self._unix_clock()
+                if reply.status == "OK":
+                    self._answer_refused(refused)
+                    self._answer_routed(routed, reply)
+                    return
+                if reply.status == "STALE":
+                    await self._load(reply.fence)
+                elif reply.status == "LOST":
+                    if reply.generation in (0, self._generation):
+                        break  # not the data this process knows: a worker recovers it, here nothing is issued
+                    self._generation = reply.generation
+            except Fault as fault:
+                self._failed(fault)
+                break
+        self._answer_all(batch, UNREACHABLE)
+
+    def _route(
+        self, catalogue: Catalogue, batch: Iterable[_Waiting]
+    ) -> tuple[list[tuple[_Waiting, Route]], list[tuple[_Waiting, Outcome | Authenticated]]]:
+        """Who may ask, and what to try for each: by this catalogue, so by the fence that the script confirms."""
+        routed: list[tuple[_Waiting, Route]] = []
+        refused: list[tuple[_Waiting, Outcome | Authenticated]] = []
+        for waiting in batch:
+            request, distributor = waiting.request, catalogue.distributor(waiting.token_sha256)
+            if distributor is None:
+                refused.append((waiting, TOKEN_UNKNOWN))
+            elif request is not None and request.distributor != distributor:
+                refused.append((waiting, DISTRIBUTOR_MISMATCH))
+            elif not catalogue.active(distributor):
+                refused.append((waiting, SUSPENDED))
+            elif request is None:
+                refused.append((waiting, Authenticated(distributor)))
+            else:
+                routed.append((waiting, catalogue.route(distributor, request.products)))
+        return routed, refused
+
+    async def _call(self, catalogue: Catalogue, routed: Sequence[tuple[_Waiting, Route]]) -> Reply:
+        if not routed:
+            metrics.fence_checks.inc()
+            return await self._scripts.replay([], generation=self._generation, version=catalogue.version)
+        began = self._clock()
+        reply = await self._scripts.issue(
+            [Routed(waiting.the_request, route.plan, waiting.looked_up) for waiting, route in routed],
+            generation=self._generation,
+            version=catalogue.version,
+            outbox_max=self._outbox_max,
+            retention_s=self._retention_s,
+            bounds=self._bounds(route for _, route in routed),
+        )
+        metrics.batch_requests.observe(len(routed))
+        metrics.script_seconds.labels("issue").observe(self._clock() - began)
+        return reply
+
+    def _bounds(self, routes: Iterable[Route]) -> dict[Counter, PeriodBounds]:
+        now = int(self._unix_clock() + self._server_ahead_s)
+        return {
+            cap.counter: period_bounds(cap.counter.period, cap.counter.time_zone, now)
+            for route in set(routes)
+            for candidate in route.plan.candidates
+            for cap in candidate.caps
+        }
+
+    async def _load(self, version: int) -> Catalogue:
+        catalogue = await self._load_catalogue(version)
+        self.adopt(catalogue)
+        return self.catalogue or catalogue
+
+    async def _replay_only(
+        self,
+        catalogue: Catalogue,
+        routed: Sequence[tuple[_Waiting, Route]],
+        refused: Sequence[tuple[_Waiting, Outcome | Authenticated]],
+    ) -> None:
+        """Redis is full: what was issued is answered, nothing new is."""
+        reply = await self._scripts.replay(
+            [waiting.the_request for waiting, _ in routed], generation=self._generation, version=catalogue.version
+        )
+        if reply.status == "OK":
+            self._answer_refused(refused)
+            for (waiting, _), answer in zip(routed, reply.answers, strict=True):
+                self._answer(waiting, OVERLOADED if answer.status == "MISS" else _settled(answer))
+        else:
+            self._answer_all([waiting for waiting, _ in (*routed, *refused)], UNREACHABLE)
+
+    # --- answer --------------------------------------------------------------------------------------------------
+
+    def _answer_refused(self, refused: Iterable[tuple[_Waiting, Outcome | Authenticated]]) -> None:
+        for waiting, outcome in refused:
+            self._answer(waiting, outcome)
+
+    def _answer_routed(self, routed: Sequence[tuple[_Waiting, Route]], reply: Reply) -> None:
+        unknown: list[_Waiting] = []
+        issued = replayed = 0
+        for (waiting, route), answer in zip(routed, reply.answers, strict=True):
+            if answer.status == "NONE":
+                self._answer(waiting, route.unavailable(answer.detail))
+            elif answer.status == "REFILL":
+                self._await_refill(waiting, reply.pools[int(answer.detail) - 1])
+            elif answer.status == "LOOKUP":
+                unknown.append(waiting)
+            elif answer.status == "BACKLOG":
+                self._answer(waiting, OVERLOADED)
+            else:
+                issued += waiting.vouchers if answer.status == "ISSUED" else 0
+                replayed += answer.status == "REPLAY"
+                self._answer(waiting, _settled(answer))
+        metrics.vouchers_issued.inc(issued)
+        metrics.replays.inc(replayed)
+        if unknown:
+            self._spawn(self._look_up(unknown))
+
+    async def _look_up(self, unknown: list[_Waiting]) -> None:
+        """Records are being restored: what the ledger knows is a replay, the rest may be issued."""
+        try:
+            known = await self._lookup([waiting.the_request for waiting in unknown])
+        except Fault as fault:
+            log.warning("ledger look-up failed", fault=str(fault))
+            self._answer_all(unknown, UNREACHABLE)
+            return
+        for waiting in unknown:
+            record = known.get(waiting.the_request)
+            if record is None:
+                waiting.looked_up = True
+                self._queue_again([waiting])
+            elif record.payload == waiting.the_request.payload:
+                self._answer(waiting, Issued(record.pack(), replayed=True))
+            else:
+                self._answer(waiting, KEY_REUSED)
+
+    def _await_refill(self, waiting: _Waiting, pool: str) -> None:
+        """The window is short: ask again when the worker had time to refill it (P4: this is no 409)."""
+        waiters = self._refilling.setdefault(pool, [])
+        if waiting.deadline <= self._clock() or len(waiters) >= REFILL_WAITERS_MAX:
+            self._answer(waiting, REFILLING)
+            return
+        waiters.append(waiting)
+        metrics.refill_waits.inc()
+        if len(waiters) == 1:
+            self._spawn(self._ask_again(pool))
+
+    async def _ask_again(self, pool: str) -> None:
+        await asyncio.sleep(self._refilling[pool][0].refill_pause_s)
+        waiters = self._refilling.pop(pool)
+        for waiting in waiters:
+            waiting.refill_pause_s = min(2 * waiting.refill_pause_s, REFILL_RETRY_S_MAX)
+        self._queue_again(waiters)
+
+    def _queue_again(self, waiting: Sequence[_Waiting]) -> None:
+        self._queue.extendleft(reversed(waiting))
+        self._queued_vouchers += sum(one.vouchers for one in waiting)
+        self._work_to_do.set()
+
+    def _answer(self, waiting: _Waiting, outcome: Outcome | Authenticated) -> None:
+        if not waiting.answer.done():  # the client may have gone
+            waiting.answer.set_result(outcome)
+
+    def _answer_all(self, batch: Iterable[_Waiting], outcome: Outcome) -> None:
+        for waiting in batch:
+            self._answer(waiting, outcome)
+
+    # --- bounds --------------------------------------------------------------------------------------------------
+
+    async def _answer_to(self, waiting: _Waiting) -> Outcome | Authenticated:
+        self._waiting += 1
+        self._idle.clear()
+        self._work_to_do.set()
+        try:
+            return await waiting.answer
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._idle.set()
+
+    def _busy(self) -> Busy | None:
+        if self._draining:
+            return DRAINING
+        if self._failures >= BREAKER_FAILURES:
+            now = self._clock()
+            if now < self._probe_at:
+                return UNREACHABLE
+            self._probe_at = now + BREAKER_PROBE_S
+        return None
+
+    def _failed(self, fault: Fault) -> None:
+        self._failures += 1
+        self._probe_at = self._clock() + BREAKER_PROBE_S
+        metrics.script_faults.labels("issue", type(fault).__name__).inc()
+        log.warning("batch failed", fault=str(fault), unreachable=isinstance(fault, RedisUnreachable))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Waiting(msgspec.Struct, eq=False):
+    """One request that waits for its answer; ``request`` is None if only the token is asked about."""
+
+    token: str
+    request: Request | None
+    answer: asyncio.Future[Outcome | Authenticated]
+    deadline: float
+    looked_up: bool = False
+    refill_pause_s: float = REFILL_RETRY_S_MIN
+
+    @property
+    def token_sha256(self) -> str:
+        return sha256(self.token.encode()).hexdigest()
+
+    @property
+    def vouchers(self) -> int:
+        return self.request.quantity if self.request is not None else 0
+
+    @property
+    def the_request(self) -> Request:
+        assert self.request is not None
+        return self.request
+
+
+OVERLOADED: Final = Busy("overloaded")
+UNREACHABLE: Final = Busy("store_unreachable")
+REFILLING: Final = Busy("refilling")
+DRAINING: Final = Busy("draining")
+TOKEN_UNKNOWN: Final = Unauthorized("token_unknown")
+DISTRIBUTOR_MISMATCH: Final = Unauthorized("distributor_mismatch")
+SUSPENDED: Final = Suspended()
+KEY_REUSED: Final = KeyReused()
+
+
+def _settled(answer: Answer) -> Issued | KeyReused:
+    """What ISSUED, REPLAY and REUSED mean."""
+    if answer.status == "REUSED":
+        return KEY_REUSED
+    return Issued(answer.detail, replayed=answer.status == "REPLAY")

@@ -1,0 +1,90 @@
+"""Every Redis key, spelled once.
+
+A *partition* is named by its tag, ``{0}`` for partition 0, so that all keys of one partition share a
+cluster slot.  Keys that hold a generation's data carry its number; a roll of the generation therefore
+starts from keys that nothing old can reach (docs/architecture.md, "Generations").
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+# Keys that live as long as the data set; every other key has an expiry or goes with its generation.
+PERMANENT: Final = re.compile(
+    r"^\{\d+\}:("
+    r"fence|generation|demand|catalogue:newest|catalogue:\d+|catalogue:processes"
+    r"|\d+:(totals|outbox|window:.+|pool:.+|caps:.+:total)"
+    r")$"
+)
+
+
+def tag(partition: int) -> str:
+    """The hash tag of a partition (one partition until campaign-wide caps can be shared)."""
+    return f"{{{partition}}}"
+
+
+def fence(partition: int) -> str:
+    """String: the lowest catalogue version that scripts accept.  Never expires."""
+    return f"{tag(partition)}:fence"
+
+
+def generation(partition: int) -> str:
+    """Hash: ``open`` generation, the ``replid`` and ``run_id`` accepted for it, ``restoring``.  Never expires."""
+    return f"{tag(partition)}:generation"
+
+
+def demand(partition: int) -> str:
+    """Sorted set: pools to refill, scored by the codes left in their window.  Drained by the worker."""
+    return f"{tag(partition)}:demand"
+
+
+def totals(partition: int, generation: int) -> str:
+    """Hash of counts: ``seq``, ``codes`` (in the outbox), ``restocked``, ``popped``, ``set_aside``, ``taken_back``,
+    and ``flushed``, the highest outbox sequence that is in the ledger."""
+    return f"{tag(partition)}:{generation}:totals"
+
+
+def outbox(partition: int, generation: int) -> str:
+    """Stream: issuances and set-asides that are not yet in the ledger."""
+    return f"{tag(partition)}:{generation}:outbox"
+
+
+def window(partition: int, generation: int, pool: str) -> str:
+    """List of packed codes (``domain.Code``), the next one to issue at its head."""
+    return f"{tag(partition)}:{generation}:window:{pool}"
+
+
+def pool(partition: int, generation: int, pool: str) -> str:
+    """Hash: ``lease`` (last applied), ``stock`` (version), ``exhausted`` (at which version), ``low`` (water)."""
+    return f"{tag(partition)}:{generation}:pool:{pool}"
+
+
+def caps(partition: int, generation: int, campaign: str, period: str) -> str:
+    """Hash of counters: ``period`` is ``total`` or ``<kind>:<UTC second at which it starts>``."""
+    return f"{tag(partition)}:{generation}:caps:{campaign}:{period}"
+
+
+def replay(partition: int, generation: int, api: str, client: str, key: str) -> str:
+    """String: the record of one answered request.  Expires after the published retention."""
+    return f"{tag(partition)}:{generation}:replay:{api}:{client}:{key}"
+
+
+def of_generation(partition: int, generation: int) -> str:
+    """Match pattern of every key that carries this generation."""
+    return f"{tag(partition)}:{generation}:*"
+
+
+def catalogue(version: int) -> str:
+    """String: the published snapshot.  Superseded ones expire after minutes."""
+    return f"{tag(0)}:catalogue:{version}"
+
+
+def catalogue_newest() -> str:
+    """String: the version that processes should have loaded by now."""
+    return f"{tag(0)}:catalogue:newest"
+
+
+def catalogue_processes() -> str:
+    """Hash: process id -> ``version:unix ms``, how publishing knows who has loaded what."""
+    return f"{tag(0)}:catalogue:processes"

@@ -1,0 +1,1 @@
+"""The durable store: schema and migrations, control plane, stock, ledger (PostgreSQL, or one SQLite file)."""

@@ -1,0 +1,197 @@
+"""Outbox entries as the rows that hold them, and those rows' key.  Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from service.domain import RECORD_SEPARATOR, Code, Record
+from service.store.stock import digest
+
+INTEGER_MAX: Final = 2**63 - 1
+
+# Values in one IN list: below every limit of both databases (SQLite: 32,766 parameters), large enough that the
+# statements themselves don't count.
+IN_MAX: Final = 500
+
+_T = TypeVar("_T")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One outbox entry: issued records and set-aside codes, its codes numbered in this order by ``ordinal``.
+
+    ``partition`` and ``generation`` are those of the stream that it was read from.
+    """
+
+    partition: int
+    generation: int
+    outbox_seq: int
+    entry_id: str
+    records: tuple[Record, ...]
+    asides: tuple[Code, ...]
+
+    @property
+    def codes(self) -> int:
+        """How many codes the entry holds."""
+        return sum(len(record.codes) for record in self.records) + len(self.asides)
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """What is written once: partition, generation, ``outbox_seq``."""
+        return self.partition, self.generation, self.outbox_seq
+
+    def content(self) -> bytes:
+        """The entry's records and then its set-aside codes, for keeping it as it is."""
+        packed = [record.pack() for record in self.records] + [code.pack() for code in self.asides]
+        return RECORD_SEPARATOR.join(packed).encode(errors="surrogateescape")
+
+
+class Way(NamedTuple):
+    """One code's way through the outbox: the key of every row that says what became of it."""
+
+    partition: int
+    generation: int
+    outbox_seq: int
+    ordinal: int
+
+
+def way_of(row: Any) -> Way:
+    """The key of a row, from its four columns."""
+    return Way(row.partition, row.generation, row.outbox_seq, row.ordinal)
+
+
+def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """``values`` in parts that fit into an IN list."""
+    for start in range(0, len(values), IN_MAX):
+        yield values[start : start + IN_MAX]
+
+
+class RequestRow(NamedTuple):
+    """A row of ``requests``, its columns in their order."""
+
+    partition: int
+    generation: int
+    outbox_seq: int
+    ordinal: int
+    quantity: int
+    api: str
+    distributor: str
+    client: str
+    key: str
+    payload: str
+    terminal: str
+    campaign: str
+    pool: str
+    category: str
+    product: str
+    until: int
+    issued_at: int
+    flushed_at: int
+
+
+class IssuanceRow(NamedTuple):
+    """A row of ``issuances``, its columns in their order."""
+
+    partition: int
+    generation: int
+    outbox_seq: int
+    ordinal: int
+    request_ordinal: int
+    lot: int
+    seq: int
+    code: str
+    serial: str
+    expires_at: int
+    digest: bytes
+
+
+class AsideRow(NamedTuple):
+    """A row of ``set_asides``, its columns in their order."""
+
+    partition: int
+    generation: int
+    outbox_seq: int
+    ordinal: int
+    lot: int
+    seq: int
+    flushed_at: int
+
+
+class Rows(NamedTuple):
+    """All rows of some entries, each list in the order of their ways."""
+
+    requests: list[RequestRow]
+    issuances: list[IssuanceRow]
+    asides: list[AsideRow]
+
+
+def rows_of(entries: Sequence[Entry], now: int) -> Rows:
+    """The rows that hold ``entries``, which are fit and sorted by position."""
+    rows = Rows([], [], [])
+    for entry in entries:
+        partition, generation, outbox_seq = entry.position
+        ordinal = 0
+        for record in entry.records:
+            rule, first = record.rule, ordinal
+            rows.requests.append(
+                RequestRow(
+                    partition, generation, outbox_seq, first, len(record.codes), record.api, record.distributor,
+                    record.client, record.key, record.payload, record.terminal, rule.campaign, rule.pool,
+                    rule.category, rule.product, rule.until, record.issued_at, now,
+                )
+            )  # fmt: skip
+            for code in record.codes:
+                rows.issuances.append(
+                    IssuanceRow(
+                        partition, generation, outbox_seq, ordinal, first, code.lot, code.seq, code.code, code.serial,
+                        code.expires_at, digest(code.code),
+                    )
+                )  # fmt: skip
+                ordinal += 1
+        for code in entry.asides:
+            rows.asides.append(AsideRow(partition, generation, outbox_seq, ordinal, code.lot, code.seq, now))
+            ordinal += 1
+    return rows
+
+
+def unfit(entry: Entry) -> str | None:
+    """Why rows can't hold what this entry says, None if they can.  The reason never holds a code."""
+    if not 0 <= entry.outbox_seq <= INTEGER_MAX:
+        return "its sequence is out of range"
+    for record in entry.records:
+        rule = record.rule
+        if not record.codes:
+            return "a record without a code"
+        if not (0 <= record.issued_at <= INTEGER_MAX and 0 <= rule.until <= INTEGER_MAX):
+            return "a time is out of range"
+        if len(record.api) > 8 or len(record.key) > 128 or any(
+            len(text) > 64
+            for text in (record.distributor, record.client, record.terminal,
+                         rule.campaign, rule.pool, rule.category, rule.product)
+        ):  # fmt: skip
+            return "a field of a record is too long"
+        if (reason := _unfit_codes(record.codes) or _unfit_text(record.pack())) is not None:
+            return reason
+    return _unfit_codes(entry.asides) or _unfit_text("".join(code.pack() for code in entry.asides))
+
+
+def _unfit_codes(codes: Sequence[Code]) -> str | None:
+    for code in codes:
+        if not (0 <= code.lot <= INTEGER_MAX and 0 <= code.seq <= INTEGER_MAX and 0 <= code.expires_at <= INTEGER_MAX):
+            return "a number of a code is out of range"
+        if len(code.code) > 128 or len(code.serial) > 64:
+            return "a field of a code is too long"
+    return None
+
+
+def _unfit_text(text: str) -> str | None:
+    if "\0" in text:
+        return "a NUL character"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "text that is not Unicode"
+    return None

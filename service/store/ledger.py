@@ -1,0 +1,263 @@
+"""The ledger: what was issued, for good.  Append-only; ``flush`` writes it, the functions here read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from sqlalchemy import ColumnElement, Row, Select, Table, and_, func, or_, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain import Code, Record, Rule
+from service.store.entries import Entry, Way, chunks, unfit, way_of
+from service.store.flush import DOUBLE_ISSUE, Flushed, flush, park, raise_incident
+from service.store.schema import WAY, codes, incidents, issuances, lots, requests, set_asides
+from service.store.stock import digest
+
+__all__ = [
+    "Count", "Entry", "Flushed", "Found", "counts", "find", "flush", "last_seq", "lookup", "newest_first",
+    "park", "raise_incident", "unfit",
+]  # fmt: skip
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One issued code with its request.  ``double``: another request had the code before, this is an incident."""
+
+    partition: int
+    generation: int
+    outbox_seq: int
+    ordinal: int
+    api: str
+    distributor: str
+    client: str
+    request_id: str
+    terminal: str
+    payload: str
+    campaign: str
+    pool: str
+    category: str
+    product: str
+    until: int
+    issued_at: int
+    flushed_at: int
+    quantity: int
+    lot: int
+    seq: int
+    code: str
+    serial: str
+    expires_at: int
+    double: bool
+
+
+class Count(msgspec.Struct, frozen=True):
+    """Codes of one campaign that one terminal of one distributor was given."""
+
+    distributor: str
+    terminal: str
+    codes: int
+
+
+async def lookup(conn: AsyncConnection, api: str, client: str, keys: Sequence[str]) -> dict[str, Record]:
+    """Those of ``keys`` that the ledger holds with their records, exactly as issued; the earliest if a key has
+    several (after its retention, or wrongly).
+
+    A record whose codes are not all known can't be told and is left out.
+    """
+    found: dict[str, Record] = {}
+    for some in chunks(list(dict.fromkeys(keys))):
+        wanted = select(requests).where(requests.c.client == client, requests.c.api == api, requests.c.key.in_(some))
+        for row, given in await _told(conn, wanted):  # newest first: what remains is the earliest
+            if len(given) == row.quantity:
+                found[row.key] = _record(row, given)
+    return found
+
+
+async def newest_first(
+    conn: AsyncConnection, partition: int, issued_since: int, before: tuple[int, int, int] | None, limit: int
+) -> list[tuple[tuple[int, int, int], Record]]:
+    """Records issued at ``issued_since`` (Unix seconds) or later, the latest first, each with its cursor
+    ``(generation, outbox_seq, ordinal)``; ``before`` is the cursor to go on from, None begins.
+
+    At most ``limit``; only an empty page says that it was the last, for a record whose codes are not all known can't
+    be told and is left out.  Raises ValueError if ``before`` was never handed out.
+    """
+    while True:
+        # By time first, for an index bounds that at both ends: by position alone, the last page would read the whole
+        # ledger to learn that nothing younger is left.
+        # Plus 0: SQLite, which keeps no statistics, would go for the primary key, and so read all of the partition.
+        wanted = select(requests).where(requests.c.partition + 0 == partition, requests.c.issued_at >= issued_since)
+        if before is not None:
+            reached = await conn.scalar(select(requests.c.issued_at).where(_at(requests, Way(partition, *before))))
+            if reached is None:
+                raise ValueError(f"{before} is no cursor of partition {partition}")
+            position = tuple_(*(requests.c[name] for name in ("issued_at", *WAY[1:])))
+            wanted = wanted.where(requests.c.issued_at <= reached, position < (reached, *before))
+        told = await _told(conn, wanted, limit)
+        page = [
+            ((row.generation, row.outbox_seq, row.ordinal), _record(row, given))
+            for row, given in told
+            if len(given) == row.quantity
+        ]
+        if page or not told:
+            return page
+        row = told[-1][0]
+        before = (row.generation, row.outbox_seq, row.ordinal)
+
+
+async def last_seq(conn: AsyncConnection, partition: int, generation: int) -> int:
+    """The highest ``outbox_seq`` that the store knows of in this generation, 0 if none."""
+    highest = 0
+    for table in (requests, set_asides, incidents):
+        found = await conn.scalar(
+            select(func.max(table.c.outbox_seq)).where(table.c.partition == partition, table.c.generation == generation)
+        )
+        highest = max(highest, found or 0)
+    return highest
+
+
+async def counts(conn: AsyncConnection, campaign: str, since: int) -> list[Count]:
+    """How many codes ``campaign`` gave to whom at ``since`` (Unix seconds; 0: ever) or later.
+
+    By what clients were told: a code that was wrongly given twice counts twice.
+    """
+    rows = await conn.execute(
+        select(requests.c.distributor, requests.c.terminal, func.sum(requests.c.quantity))
+        .where(requests.c.campaign == campaign, requests.c.issued_at >= since)
+        .group_by(requests.c.distributor, requests.c.terminal)
+        .order_by(requests.c.distributor, requests.c.terminal)
+    )
+    return [Count(distributor, terminal, int(total)) for distributor, terminal, total in rows]
+
+
+async def find(
+    conn: AsyncConnection,
+    *,
+    request_id: str | None = None,
+    code: str | None = None,
+    distributor: str | None = None,
+    limit: int = 100,
+) -> list[Found]:
+    """At most ``limit`` issued codes that fit all that is given, the latest first."""
+    wanted = select(requests)
+    if request_id is not None:
+        wanted = wanted.where(requests.c.key == request_id)
+    if distributor is not None:
+        wanted = wanted.where(requests.c.distributor == distributor)
+    if code is not None:
+        issued = select(*_way_columns(issuances)).where(issuances.c.digest == digest(code))
+        doubled = (
+            select(*_way_columns(incidents))
+            .join(codes, _same_stock(codes, incidents))
+            .where(codes.c.digest == digest(code), incidents.c.kind == DOUBLE_ISSUE)
+        )
+        holders = [way_of(row) for query in (issued, doubled) for row in await conn.execute(query)]
+        if not holders:
+            return []
+        wanted = wanted.where(or_(*(_covers(way) for way in holders)))
+    return [
+        _found(row, one)
+        for row, given in await _told(conn, wanted, limit)
+        for one in given
+        if code is None or one.code.code == code
+    ][:limit]
+
+
+class _Given(NamedTuple):
+    """One code that a request was given, and where it stands in its entry."""
+
+    ordinal: int
+    code: Code
+    double: bool
+
+
+async def _told(
+    conn: AsyncConnection, wanted: Select[Any], limit: int | None = None
+) -> list[tuple[Row[Any], list[_Given]]]:
+    """The latest ``limit`` of the wanted requests, the latest first, each with its codes as far as they are known."""
+    latest = [requests.c[name].desc() for name in ("issued_at", *WAY)]
+    page = wanted.order_by(*latest).limit(limit).subquery()
+    # Named by position, so that both databases go through the issuances' primary key.
+    joined = and_(
+        *(issuances.c[name] == page.c[name] for name in WAY[:3]),
+        issuances.c.ordinal >= page.c.ordinal,
+        issuances.c.ordinal < page.c.ordinal + page.c.quantity,
+        issuances.c.request_ordinal == page.c.ordinal,
+    )
+    given_columns = [issuances.c[name].label(f"given_{name}") for name in _GIVEN]
+    rows = await conn.execute(
+        select(page, *given_columns)
+        .outerjoin_from(page, issuances, joined)
+        .order_by(*(page.c[name].desc() for name in ("issued_at", *WAY)), issuances.c.ordinal)
+    )
+    told: list[tuple[Row[Any], list[_Given]]] = []
+    for _, group in groupby(rows, key=way_of):
+        some = list(group)
+        given = [
+            _Given(row.given_ordinal, Code(*(row._mapping[f"given_{name}"] for name in _GIVEN[1:])), double=False)
+            for row in some
+            if row.given_ordinal is not None
+        ]
+        if len(given) < some[0].quantity:
+            given = sorted([*given, *await _doubled(conn, some[0])], key=lambda one: one.ordinal)
+        told.append((some[0], given))
+    return told
+
+
+_GIVEN: Final = ("ordinal", "expires_at", "lot", "seq", "code", "serial")  # after the first: a Code, in its order
+
+
+async def _doubled(conn: AsyncConnection, request: Row[Any]) -> list[_Given]:
+    """Codes that the request was given although another had them: it has no issuance, but stock knows the code."""
+    rows = await conn.execute(
+        select(incidents.c.ordinal, lots.c.expires_at, codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial)
+        .join(codes, _same_stock(codes, incidents))
+        .join(lots, lots.c.id == codes.c.lot)
+        .where(
+            *(incidents.c[name] == request._mapping[name] for name in WAY[:3]),
+            incidents.c.ordinal.between(request.ordinal, request.ordinal + request.quantity - 1),
+            incidents.c.kind == DOUBLE_ISSUE,
+        )
+    )
+    return [_Given(ordinal, Code(*code), double=True) for ordinal, *code in rows]
+
+
+def _record(row: Row[Any], given: Sequence[_Given]) -> Record:
+    return Record(
+        payload=row.payload,
+        api=row.api,
+        distributor=row.distributor,
+        client=row.client,
+        key=row.key,
+        issued_at=row.issued_at,
+        rule=Rule(row.campaign, row.pool, row.category, row.product, row.until),
+        codes=tuple(one.code for one in given),
+    )
+
+
+def _found(row: Row[Any], one: _Given) -> Found:
+    request = {name: row._mapping[name] for name in Found.__struct_fields__ if name in requests.c and name != "ordinal"}
+    code = {name: getattr(one.code, name) for name in ("lot", "seq", "code", "serial", "expires_at")}
+    return Found(request_id=row.key, ordinal=one.ordinal, double=one.double, **request, **code)
+
+
+def _way_columns(table: Table) -> list[ColumnElement[int]]:
+    return [table.c[name] for name in WAY]
+
+
+def _at(table: Table, way: Way) -> ColumnElement[bool]:
+    return and_(*(table.c[name] == value for name, value in zip(WAY, way, strict=True)))
+
+
+def _covers(way: Way) -> ColumnElement[bool]:
+    """The request to which the code at ``way`` was given."""
+    return and_(
+        *(requests.c[name] == value for name, value in zip(WAY[:3], way[:3], strict=True)),
+        requests.c.ordinal <= way.ordinal,
+        requests.c.ordinal + requests.c.quantity > way.ordinal,
+    )
+
+
+def _same_stock(one: Table, other: Table) -> ColumnElement[bool]:
+    return and_(one.c.lot == other.c.lot, one.c.seq == other.c.seq)

@@ -1,0 +1,1 @@
+"""HTTP: the published contracts over one core, and the processes that serve them."""

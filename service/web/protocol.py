@@ -1,0 +1,336 @@
+"""HTTP on one connection: uvicorn's httptools protocol, with the bounds that it does not have.
+
+Without them a client may take for ever to send half a request, send a megabyte of headers or two that contradict
+each other, and is answered in plain text.  Here:
+
+* a request must be whole within a time limit, and a connection that says nothing is closed after it;
+* headers are bounded in number and bytes, and those that say where a request ends or whose it is come once;
+* what is no HTTP is answered with problem+json;
+* an answer that is given before a large body was read reaches the client: the connection is half closed, and a
+  little more of the body is read and thrown away before it is closed (closing at once would reset it);
+* on shutdown, an idle connection is kept for a moment, so that a request that is just on its way is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar, Final
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from service import metrics
+from service.web.problems import problem
+from service.web.v1 import BODY_MAX
+
+HEADERS_MAX: Final = 64  # a partner's client sends about ten, proxies add a few each
+HEADER_BYTES_MAX: Final = 16_384  # request line and headers; what most proxies in front allow
+PIPELINE_MAX: Final = 64  # requests of one connection that wait for the answer of an earlier one
+LINGER_S: Final = 1.0  # for the client to notice an early answer and stop sending
+LINGER_BYTES: Final = 1_048_576  # read and thrown away meanwhile: most of what is already on its way
+PARTING_MAX: Final = 128  # connections over the limit that are told so; past it they are cut
+IDLE_GRACE_S: Final = 0.25  # on shutdown: many times what a request needs to get here
+
+_SINGLE: Final = (b"host", b"authorization", b"content-length")
+
+
+class _RefusalError(Exception):
+    """Raised in a callback of the parser, which then stops."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection.  Made with its bounds by ``bounded``."""
+
+    receive_timeout_s: ClassVar[float]
+    connections_max: ClassVar[int]
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.whole = True  # nothing of an unfinished request has been received
+        self.headed = False  # its headers have, and self.cycle is its cycle
+        self.received = 0  # bytes of it, give or take one read
+        self.refusal = ""  # why the parser was stopped
+        self.deaf = False  # what comes is thrown away
+        self.parting: bytes | None = None  # a refusal that waits until earlier requests are answered
+        self.lingering = False  # half closed
+        self.draining = False
+        self.timer: asyncio.TimerHandle | None = None
+
+    # --- the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        metrics.connections.inc()
+        if len(self.connections) <= self.connections_max:
+            self._arm()
+            return
+        metrics.connections_refused.inc()
+        if len(self.connections) <= self.connections_max + PARTING_MAX:
+            self._part(self._wire("overloaded"))
+        else:
+            transport.abort()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that only stopped sending still gets the answers to what it has asked.  False: close now."""
+        if self.lingering or not self.whole or self.cycle is None or self.cycle.response_complete:
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        metrics.connections.dec()
+        self._disarm()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """No request after the one under way; without one, none after a moment."""
+        self.draining = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif self.whole and not self.lingering:
+            self.loop.call_later(IDLE_GRACE_S, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self.whole and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
+    # --- what arrives
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self.deaf:
+            self._throw_away(len(data))
+            return
+        self.received += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError:
+            self._refuse(self.refusal or "malformed_request")
+            return
+        if not self.whole:
+            self._bound_the_rest()
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Reads the request again as one that offers no other protocol; ``rest`` is what came after its headers.
+
+        The parser takes what follows such headers for the other protocol, so the body would be lost.  Java's client
+        offers HTTP/2 in this way unless it is told not to.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse("malformed_request")
+            return
+        head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(option for option in value.split(b",") if option.strip().lower() != b"upgrade")
+            if name != b"upgrade":
+                head.append(b"%b: %b\r\n" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+        self.received = 0
+        self.data_received(b"".join(head) + b"\r\n" + rest)
+
+    def _bound_the_rest(self) -> None:
+        """The request is not whole yet: it has some time, and so many bytes."""
+        if self.timer is None:
+            self._arm()
+        if not self.headed:
+            if self.received > HEADER_BYTES_MAX:
+                self._refuse("headers_too_large")
+        elif self.received > HEADER_BYTES_MAX + BODY_MAX:
+            if self.cycle.response_complete:
+                self._linger()
+            else:
+                self._close_after_answer()
+
+    def on_message_begin(self) -> None:
+        self.whole = self.headed = False
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.headed:  # a trailer; merged into the headers it would overrule what a proxy has checked
+            return
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        headers = self.headers
+        named = dict(headers)
+        if len(headers) > HEADERS_MAX or (self.received > HEADER_BYTES_MAX and self._header_bytes() > HEADER_BYTES_MAX):
+            raise self._refused("headers_too_large")
+        if len(named) != len(headers):
+            names = [name for name, _ in headers]
+            if any(names.count(name) > 1 for name in _SINGLE):
+                raise self._refused("malformed_request")
+        if len(self.pipeline) >= PIPELINE_MAX:
+            raise self._refused("overloaded")
+        if self.parser.should_upgrade():
+            return  # it will be read again
+        super().on_headers_complete()
+        self.headed = True
+        if self.draining:
+            self.cycle.keep_alive = False
+        length = named.get(b"content-length")
+        if length is not None and len(length) > 4 and int(length) > BODY_MAX:
+            self._close_after_answer()
+
+    def on_message_complete(self) -> None:
+        if not self.headed:
+            return  # it offers another protocol, and will be read again
+        self.whole = True
+        self.received = 0
+        if self.timer is not None:
+            self._disarm()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.lingering:
+            self.server_state.total_requests += 1
+            self.pipeline.clear()
+        elif self.parting is not None and not self.pipeline:
+            self.server_state.total_requests += 1
+            self._part(self.parting)
+        else:
+            super().on_response_complete()
+
+    def _header_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+
+    # --- time
+
+    def _arm(self) -> None:
+        self.timer = self.loop.call_later(self.receive_timeout_s, self._too_slow)
+
+    def _disarm(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def _too_slow(self) -> None:
+        self.timer = None
+        if self.transport.is_closing():
+            return
+        ours = self.headed and not self.whole  # self.cycle is of the request that is late
+        if self.flow.read_paused or (not ours and self.cycle is not None and not self.cycle.response_complete):
+            self._arm()  # we are the slow ones: the rest may have been here for long, unread
+        elif self.whole:
+            self.transport.close()
+        else:
+            self._refuse("request_timeout")
+
+    # --- refusing
+
+    def _refused(self, code: str) -> _RefusalError:
+        self.refusal = code
+        return _RefusalError(code)
+
+    def _refuse(self, code: str) -> None:
+        """Answers the request that is being received with ``code``, after those before it; then parts."""
+        metrics.requests_malformed.labels(code).inc()
+        self._disarm()
+        wire = self._wire(code)
+        if self.headed and not self.whole:
+            late = self.cycle
+            if self.pipeline and self.pipeline[0][0] is late:
+                self.pipeline.popleft()
+                self._part_after_answers(wire)
+            elif late.response_started:  # it had its answer before it was whole
+                self._linger()
+            else:
+                late.disconnected = True
+                late.message_event.set()
+                self._part(wire)
+        elif self.cycle is None or self.cycle.response_complete:
+            self._part(wire)
+        else:
+            self._part_after_answers(wire)
+
+    def _part_after_answers(self, wire: bytes) -> None:
+        self.parting = wire
+        self.deaf = True
+        self.flow.pause_reading()
+
+    def _part(self, wire: bytes) -> None:
+        """Sends the last answer of this connection."""
+        self.parting = None
+        if not self.transport.is_closing():
+            self.transport.write(wire)
+            self._linger()
+
+    def _wire(self, code: str) -> bytes:
+        answer = problem(code)
+        headers = [*self.server_state.default_headers, *answer.headers, (b"connection", b"close")]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        return STATUS_LINE[answer.status] + lines + b"\r\n" + answer.body
+
+    # --- closing without losing the answer
+
+    def _close_after_answer(self) -> None:
+        """The answer to the request being received says `Connection: close`, and is not lost by it."""
+        self.cycle.keep_alive = False
+        self.cycle.transport = _Lingering(self)
+
+    def _linger(self) -> None:
+        self.lingering = self.deaf = True
+        self.received = 0
+        self._disarm()
+        self._unset_keepalive_if_required()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self.timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _throw_away(self, count: int) -> None:
+        self.received += count
+        if self.received > LINGER_BYTES:
+            self.flow.pause_reading()
+
+
+class _Lingering(asyncio.Transport):
+    """The transport of a request whose answer may come before its body is read."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__()
+        self._protocol = protocol
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._protocol.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._protocol.lingering or self._protocol.transport.is_closing()
+
+    def close(self) -> None:
+        if self._protocol.whole:
+            self._protocol.transport.close()
+        else:
+            self._protocol._linger()
+
+
+def bounded(*, receive_timeout_ms: int, connections_max: int) -> type[BoundedProtocol]:
+    """The protocol class for uvicorn's ``http`` setting.
+
+    A request must be whole ``receive_timeout_ms`` after its first byte; past ``connections_max`` open connections
+    of this process, a new one is answered 503 `overloaded` at once.
+    """
+
+    class Protocol(BoundedProtocol):
+        pass
+
+    Protocol.receive_timeout_s = receive_timeout_ms / 1000
+    Protocol.connections_max = connections_max
+    return Protocol

@@ -1,0 +1,364 @@
+"""``POST /api/v1/voucher/request``: one voucher for one request.
+
+``VoucherRequests.answer`` is the whole of it, in the contract's order: method, token, media type, size, JSON,
+fields, distributor, key, issue.  It is called ahead of Starlette and works on plain ASGI, and its own work is
+about 8 us a request; what is unusual is explained in the slower functions below it.
+
+The token comes before whatever else may be wrong, and only a script call can tell that a token is in force.  So a
+request that is malformed waits for a fence check before it is refused, and a well-formed one brings its token
+along with its batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Final, Protocol
+
+import msgspec
+from starlette.types import Receive, Scope
+
+from service.domain import (
+    Authenticated,
+    Busy,
+    Issued,
+    KeyReused,
+    Outcome,
+    Request,
+    Suspended,
+    Unauthorized,
+    Unavailable,
+)
+from service.tokens import well_formed
+from service.web.problems import Answer, method_not_allowed, problem, unavailable
+
+PATH: Final = "/api/v1/voucher/request"
+BODY_MAX: Final = 16_384  # bytes; the longest valid body is below 2 KiB
+AUTHORIZATION_MAX: Final = 256  # bytes; what is longer holds no token of ours, and only its scheme is looked at
+
+
+class Issuing(Protocol):
+    """What ``service.issuance.Issuer`` offers to the APIs."""
+
+    @property
+    def ready(self) -> bool: ...
+    async def issue(self, token: str, request: Request) -> Outcome: ...
+    async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy: ...
+    def start(self) -> None: ...
+    async def drain(self) -> None: ...
+
+
+class VoucherRequests:
+    """The Voucher Request API over an issuer."""
+
+    def __init__(self, issuer: Issuing) -> None:
+        self._issuer = issuer
+
+    async def answer(self, scope: Scope, receive: Receive) -> Answer | None:
+        """The answer to one request to PATH; None if the client went away while it was sending.
+
+        Nothing but an unexpected defect is raised.  Whatever is answered, the same request may be sent again.
+        """
+        if scope["method"] != "POST":
+            return method_not_allowed("POST")
+        pairs = scope["headers"]
+        headers: dict[bytes, bytes] = dict(pairs)
+        if len(headers) != len(pairs) and (repeated := _repeated(pairs)):
+            return problem("malformed_request", detail=f"The header {repeated} was sent more than once.")
+
+        authorization = headers.get(b"authorization", b"")
+        token, refusal = _token(authorization if len(authorization) <= AUTHORIZATION_MAX else authorization[:6] + b" -")
+        if refusal:
+            return problem(refusal)
+        if headers.get(b"content-type") != b"application/json" and not _is_json(headers.get(b"content-type", b"")):
+            return await self._unless_unauthorized(token, problem("unsupported_media_type"))
+
+        length = headers.get(b"content-length")
+        if length is not None and len(length) > 4 and _exceeds(length):
+            return await self._unless_unauthorized(token, problem("too_large"))
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body = message.get("body", b"")
+        while message.get("more_body", False):
+            if len(body) > BODY_MAX:
+                break
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+        if len(body) > BODY_MAX:
+            return await self._unless_unauthorized(token, problem("too_large"))
+
+        try:
+            if not body.isascii():
+                body.decode("utf-8")
+            asked = _DECODER.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return await self._unless_unauthorized(token, _explained(body))
+        request_id, distributor, terminal, products = (
+            asked.request_id, asked.distributor_id, asked.terminal_id, asked.product_ids,
+        )  # fmt: skip
+        listed = ",".join(products)
+        if not _FIELDS(f"{request_id}\n{distributor}\n{terminal}\n{listed}") or listed.count(",") != len(products) - 1:
+            return await self._unless_unauthorized(token, _explained(body))
+        if b"idempotency-key" in headers and not _same_keys(pairs, request_id):
+            return await self._key_mismatch(token, distributor, request_id)
+
+        request = Request(
+            "v1", distributor, request_id, distributor, terminal,
+            products if len(products) == 1 else tuple(dict.fromkeys(products)),
+            f"{terminal}\t{listed}",
+        )  # fmt: skip
+        outcome = await self._issuer.issue(token, request)
+        if type(outcome) is Issued:
+            return rendered(outcome)
+        return _refused(outcome, request)
+
+    async def _unless_unauthorized(self, token: str, malformed: Answer) -> Answer:
+        """``malformed``, unless the token is not in force: that is looked at first."""
+        who = await self._issuer.authenticate(token)
+        return problem(who.code) if isinstance(who, Unauthorized) else malformed
+
+    async def _key_mismatch(self, token: str, distributor: str, request_id: str) -> Answer:
+        """400, unless something about the token or the distributor, which are looked at first, is wrong."""
+        match await self._issuer.authenticate(token):
+            case Unauthorized(code):
+                return problem(code, request_id=request_id)
+            case Suspended():
+                return problem("distributor_suspended", request_id=request_id)
+            case Authenticated(owner) if owner != distributor:
+                return problem("distributor_mismatch", request_id=request_id)
+            case _:
+                return problem("key_mismatch", request_id=request_id)
+
+
+def _refused(outcome: KeyReused | Unavailable | Unauthorized | Suspended | Busy | Issued, request: Request) -> Answer:
+    match outcome:
+        case Unavailable(code, considered):
+            return unavailable(code, request.products, considered, request.key)
+        case Unauthorized(code) | Busy(code):
+            return problem(code, request_id=request.key)
+        case KeyReused():
+            return problem("key_reused", request_id=request.key)
+        case Suspended():
+            return problem("distributor_suspended", request_id=request.key)
+        case Issued():
+            return rendered(outcome)
+
+
+# --- the answer, from a record
+
+_REPLAYED: Final = (b"idempotent-replayed", b"true")
+_JSON: Final = (b"content-type", b"application/json")
+_LENGTHS: Final = tuple((b"content-length", b"%d" % length) for length in range(1024))  # no answer is longer, see below
+
+
+def rendered(issued: Issued) -> Answer:
+    """200 with the voucher: the same bytes whenever it is built from the same record.
+
+    Raises ValueError if the record is of a layout that this version does not read.
+    """
+    lines = issued.record.split("\n")
+    render = _RENDERERS.get(lines[0])
+    if render is None:
+        raise ValueError("a record of an unknown layout")
+    body = render(lines)
+    length = _LENGTHS[len(body)] if len(body) < len(_LENGTHS) else (b"content-length", b"%d" % len(body))
+    if issued.replayed:
+        return Answer(200, [_JSON, length, _REPLAYED], body, "replayed")
+    return Answer(200, [_JSON, length], body, "issued")
+
+
+def _layout_1(lines: list[str]) -> bytes:
+    _, _, _, _, _, key, issued_at, rule, code = lines
+    expires_at, _, _, voucher, serial = code.split("\t")
+    campaign, until = _campaign(rule)
+    expiry = int(expires_at)
+    if until and until < expiry:
+        expiry = until
+    if '"' in code or "\\" in code or '"' in key or "\\" in key:
+        voucher, serial, key = _escaped(voucher), _escaped(serial), _escaped(key)
+    return (
+        f'{{"status":"success",{campaign},"voucher_code":"{voucher}","serial_number":"{serial}",'
+        f'"expiry_date":"{_instant(expiry)}","request_id":"{key}","issued_at":"{_instant(int(issued_at))}"}}'
+    ).encode()
+
+
+@lru_cache(maxsize=4_096)
+def _campaign(rule: str) -> tuple[str, int]:
+    """The members of the answer that the rule gives, as JSON, and when the campaign ends (0: open)."""
+    campaign, _, category, product, until = rule.split("\t")
+    return (
+        f'"campaign_id":"{_escaped(campaign)}","category_id":"{_escaped(category)}","product_id":"{_escaped(product)}"'
+    ), int(until)
+
+
+@lru_cache(maxsize=4_096)
+def _instant(second: int) -> str:
+    """A Unix second as RFC 3339 in UTC."""
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _escaped(text: str) -> str:
+    """``text`` as the inside of a JSON string."""
+    return msgspec.json.encode(text)[1:-1].decode()
+
+
+# One renderer a layout, for ever: a record may be older than this version.
+_RENDERERS: Final[dict[str, Callable[[list[str]], bytes]]] = {"1": _layout_1}
+
+
+# --- headers
+
+# Twice the same thing said is a mistake; twice something different is how requests are smuggled past a proxy.
+_SINGLE: Final = {
+    b"authorization": "Authorization",
+    b"content-type": "Content-Type",
+    b"content-length": "Content-Length",
+}
+
+
+def _repeated(pairs: list[tuple[bytes, bytes]]) -> str | None:
+    """The first header that was sent more than once and must not be."""
+    seen: set[bytes] = set()
+    for name, _ in pairs:
+        if name in seen and name in _SINGLE:
+            return _SINGLE[name]
+        seen.add(name)
+    return None
+
+
+def _exceeds(length: bytes) -> bool:
+    """Whether a body of this Content-Length is too large; one that is no number of a sane length counts as such."""
+    return len(length) > 18 or not length.isdigit() or int(length) > BODY_MAX
+
+
+@lru_cache(maxsize=1_024)  # a partner sends the same one all day; looking at it costs 3 us
+def _token(authorization: bytes) -> tuple[str, str]:
+    """The token, if it has the form of one; else '' and the code of the refusal."""
+    scheme, _, token = authorization.partition(b" ")
+    text = token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
+    if not text:
+        return "", "token_missing"
+    return (text, "") if well_formed(text) else ("", "token_unknown")
+
+
+_PARAMETER: Final = re.compile(rb"""\s*(?:[\w!#$%&'*+.^`|~-]+=(?:[\w!#$%&'*+.^`|~-]+|"[^"\\]*")\s*)?""")
+
+
+@lru_cache(maxsize=64)
+def _is_json(content_type: bytes) -> bool:
+    """Whether it is application/json, with any parameters: a body that is not UTF-8 is refused as such."""
+    media_type, *parameters = content_type.split(b";")
+    return media_type.strip().lower() == b"application/json" and all(map(_PARAMETER.fullmatch, parameters))
+
+
+def _same_keys(pairs: list[tuple[bytes, bytes]], request_id: str) -> bool:
+    """Whether each Idempotency-Key is ``request_id``, bare or as a structured-field string."""
+    bare = request_id.encode()
+    quoted = b'"' + bare.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+    return all(value in (bare, quoted) for name, value in pairs if name == b"idempotency-key")
+
+
+# --- the body
+
+
+class _Asked(msgspec.Struct, gc=False):
+    request_id: str
+    distributor_id: str
+    terminal_id: str
+    product_ids: tuple[str, ...]
+
+
+_DECODER: Final = msgspec.json.Decoder(_Asked)
+
+_KEY: Final = r"[!-~]{1,128}+"
+_NAME: Final = r"[A-Za-z0-9._-]{1,64}+"
+_TERMINAL: Final = r"[ -~]{1,64}+"
+PRODUCTS_MAX: Final = 16
+
+# All four at once: no class holds a line feed or a comma but the terminal's and the key's, which come before.
+_FIELDS: Final = re.compile(
+    rf"{_KEY}\n{_NAME}\n{_TERMINAL}\n{_NAME}(?:,{_NAME}){{0,{PRODUCTS_MAX - 1}}}+"
+).fullmatch  # fmt: skip
+
+_NAME_RULE: Final = "a string of 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'"
+_RULES: Final = {
+    "request_id": (_KEY, "a string of 1 to 128 printable ASCII characters without space"),
+    "distributor_id": (_NAME, _NAME_RULE),
+    "terminal_id": (_TERMINAL, "a string of 1 to 64 printable ASCII characters"),
+}
+_PRODUCTS_RULE: Final = f"an array of 1 to {PRODUCTS_MAX} items, each {_NAME_RULE}"
+
+
+class _Members(msgspec.Struct):
+    """The body with its members undecoded: each can be looked at whatever the others are."""
+
+    request_id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    distributor_id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    terminal_id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    product_ids: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+def _explained(body: bytes) -> Answer:
+    """400 for a body that was not accepted: what is wrong first, in the order of the contract."""
+    try:
+        body.decode("utf-8")
+        members = msgspec.json.decode(body, type=_Members)
+        request_id = _matching(members.request_id, _KEY)
+        for field, (pattern, rule) in _RULES.items():
+            if (refusal := _bad(field, getattr(members, field), pattern, rule, request_id)) is not None:
+                return refusal
+        products = _texts(members.product_ids)
+    except UnicodeDecodeError:
+        return problem("invalid_json", detail="The body is not UTF-8.")
+    except RecursionError:
+        return problem("invalid_json", detail="The body is nested too deeply.")
+    except msgspec.ValidationError:
+        return problem("invalid_json", detail="The body must be a JSON object.")
+    except msgspec.DecodeError:
+        return problem("invalid_json", detail="The body is not well-formed JSON.")
+    if members.product_ids is msgspec.UNSET:
+        return _invalid("product_ids", "is missing; it must be " + _PRODUCTS_RULE, request_id)
+    if products is None or not 1 <= len(products) <= PRODUCTS_MAX:
+        return _invalid("product_ids", "must be " + _PRODUCTS_RULE, request_id)
+    for position, product in enumerate(products):
+        if re.fullmatch(_NAME, product) is None:
+            return _invalid(f"product_ids[{position}]", f"must be {_NAME_RULE}", request_id)
+    return problem("invalid_json", request_id=request_id)
+
+
+def _bad(
+    field: str, raw: msgspec.Raw | msgspec.UnsetType, pattern: str, rule: str, request_id: str | None
+) -> Answer | None:
+    if raw is msgspec.UNSET:
+        return _invalid(field, f"is missing; it must be {rule}", request_id)
+    return _invalid(field, f"must be {rule}", request_id) if _matching(raw, pattern) is None else None
+
+
+def _invalid(field: str, rule: str, request_id: str | None) -> Answer:
+    return problem("invalid_field", detail=f"`{field}` {rule}.", request_id=request_id, field=field)
+
+
+def _matching(raw: msgspec.Raw | msgspec.UnsetType, pattern: str) -> str | None:
+    """The string in ``raw`` if it is one and matches; raises DecodeError if it is not JSON."""
+    if isinstance(raw, msgspec.UnsetType):
+        return None
+    try:
+        text = msgspec.json.decode(raw, type=str)
+    except msgspec.ValidationError:
+        return None
+    return text if re.fullmatch(pattern, text) else None
+
+
+def _texts(raw: msgspec.Raw | msgspec.UnsetType) -> list[str] | None:
+    """The strings in ``raw`` if it is an array of strings; raises DecodeError if it is not JSON."""
+    if isinstance(raw, msgspec.UnsetType):
+        return None
+    try:
+        return msgspec.json.decode(raw, type=list[str])
+    except msgspec.ValidationError:
+        return None

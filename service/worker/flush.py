@@ -1,0 +1,281 @@
+"""Outbox to ledger: what was issued becomes durable in the store, exactly once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from operator import add
+from typing import Any, Final
+
+import msgspec
+import structlog
+from redis.exceptions import RedisError, ResponseError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import keys, metrics
+from service.catalogue import cap_field, period_bounds
+from service.domain import Code, Record
+from service.errors import RedisUnreachable
+from service.scripts import Count, Counter, Scripts, counter_key, parse_separated
+from service.store import control, ledger
+from service.store.database import Database
+from service.store.ledger import Entry
+from service.worker.publish import change
+
+log = structlog.get_logger()
+
+GROUP: Final = "ledger"
+
+# Entries of one step, and codes of one transaction: large enough to share one commit, small enough that on SQLite
+# nobody waits for the write lock for long.
+ENTRIES_MAX: Final = 100
+CODES_MAX: Final = 5_000
+
+# An entry that its worker has not finished for this long is taken over.  A worker that wakes up later flushes it a
+# second time, which changes nothing.
+CLAIM_AFTER_MS: Final = 5_000
+
+# One read waits this long for new entries; below the client's time-out.
+BLOCK_MS: Final = 500
+
+
+class Flushed(msgspec.Struct, frozen=True):
+    """What one step did: entries taken out of the outbox; codes that are now in the ledger for the first time, that
+    were parked with a malformed entry, and that met a wall (incidents; their campaigns are paused)."""
+
+    entries: int = 0
+    codes: int = 0
+    parked: int = 0
+    incidents: int = 0
+
+
+class Flush:
+    """Flushes one partition.  ``consumer`` names this worker; two with one name only do work twice."""
+
+    def __init__(
+        self,
+        database: Database,
+        scripts: Scripts,
+        *,
+        consumer: str,
+        retention_s: int,
+        now: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
+        self._database = database
+        self._scripts = scripts
+        self._consumer = consumer
+        self._retention_s = retention_s
+        self._now = now
+        self._generation = 0
+        self._own_pending = True  # entries read before a crash or an error come first
+
+    async def run_once(self, *, block_ms: int = 0) -> Flushed:
+        """Flushes up to ENTRIES_MAX entries of the open generation, waiting ``block_ms`` for the first of them.
+
+        Raises RedisUnreachable or StoreUnreachable; entries stay in the outbox then, and the next step has them.
+        """
+        generation = (await self._scripts.generation()).open
+        if not generation:
+            return Flushed()
+        if generation != self._generation:
+            self._generation, self._own_pending = generation, True
+        try:
+            try:
+                entries = await self._read(generation, block_ms)
+            except ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                await self._make_group(generation)
+                entries = await self._read(generation, block_ms)
+        except RedisError as error:
+            raise RedisUnreachable from error
+        self._own_pending = bool(entries)  # until it is known that these went all the way
+        return await self.settle(generation, entries)
+
+    async def drain(self, generation: int) -> Flushed:
+        """Flushes all that can be read of a generation, whoever read it before; for a roll, and for the last of it."""
+        total = Flushed()
+        outbox = keys.outbox(self._scripts.partition, generation)
+        try:
+            if not await self._scripts.redis.exists(outbox):
+                return total
+            after = "-"
+            while entries := await self._scripts.redis.xrange(outbox, after, "+", count=ENTRIES_MAX):
+                total = _sum(total, await self.settle(generation, entries))
+                after = f"({entries[-1][0]}"
+        except RedisError as error:
+            raise RedisUnreachable from error
+        return total
+
+    async def settle(self, generation: int, entries: Sequence[tuple[str, dict[str, str] | None]]) -> Flushed:
+        """Puts stream entries into the ledger and takes them out of the outbox, in this order."""
+        total = Flushed()
+        chunk: list[tuple[str, dict[str, str] | None]] = []
+        codes = 0
+        for entry in entries:
+            held = _held(entry[1] or {})
+            if chunk and codes + held > CODES_MAX:
+                total = _sum(total, await self._settle(generation, chunk))
+                chunk, codes = [], 0
+            chunk.append(entry)
+            codes += held
+        return _sum(total, await self._settle(generation, chunk)) if chunk else total
+
+    async def _settle(self, generation: int, entries: Sequence[tuple[str, dict[str, str] | None]]) -> Flushed:
+        partition, now = self._scripts.partition, self._now()
+        good: list[Entry] = []
+        taken_out: list[tuple[str, int]] = []
+        parked = 0
+        for entry_id, fields in entries:
+            if fields is None:  # another worker flushed and deleted it; only our pending mark is left
+                taken_out.append((entry_id, 0))
+                continue
+            held = _held(fields)
+            try:
+                good.append(parse(partition, generation, entry_id, fields))
+            except (ValueError, KeyError) as error:
+                async with self._database.write() as conn:
+                    await ledger.park(
+                        conn,
+                        partition,
+                        generation,
+                        entry_id,
+                        held,
+                        type(error).__name__,
+                        msgspec.json.encode(_safe(fields)),
+                        now,
+                    )
+                parked += held
+                metrics.parked.inc()
+                log.error("entry parked", partition=partition, generation=generation, entry=entry_id)
+            taken_out.append((entry_id, held))
+        result = await ledger.flush(self._database, good, now)
+        if result.paused:  # in force before the entries are gone, so that a crash here pauses it at the next step
+            await change(
+                self._database,
+                self._scripts,
+                _nothing,
+                actor="worker",
+                action="pause",
+                subject=",".join(result.paused),
+                detail="a code met a wall of the ledger",
+            )
+        if good:
+            await self._restore_if_late(generation, good)
+        gone = 0
+        if taken_out:
+            async with self._database.read() as conn:
+                last = await ledger.last_seq(conn, partition, generation)
+            gone = await self._scripts.flushed(GROUP, taken_out, generation=generation, last_seq=last)
+        metrics.flushed.inc(result.issued)
+        metrics.set_aside.inc(result.set_aside)
+        if result.incidents:
+            metrics.incidents.labels("double_issue").inc(result.incidents)
+            log.critical("codes met a wall of the ledger; their campaigns are paused", codes=result.incidents)
+        return Flushed(gone, result.issued + result.set_aside, parked + result.parked, result.incidents)
+
+    async def _read(self, generation: int, block_ms: int) -> list[tuple[str, dict[str, str] | None]]:
+        redis, outbox = self._scripts.redis, keys.outbox(self._scripts.partition, generation)
+        if self._own_pending:
+            reply = await redis.xreadgroup(GROUP, self._consumer, {outbox: "0"}, count=ENTRIES_MAX)
+            if entries := _entries(reply):
+                return entries
+            self._own_pending = False
+        _, claimed, *_ = await redis.xautoclaim(outbox, GROUP, self._consumer, CLAIM_AFTER_MS, count=ENTRIES_MAX)
+        if claimed:
+            return list(claimed)
+        reply = await redis.xreadgroup(GROUP, self._consumer, {outbox: ">"}, count=ENTRIES_MAX, block=block_ms or None)
+        return _entries(reply)
+
+    async def _make_group(self, generation: int) -> None:
+        outbox = keys.outbox(self._scripts.partition, generation)
+        try:
+            await self._scripts.redis.xgroup_create(outbox, GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    async def _restore_if_late(self, generation: int, entries: Sequence[Entry]) -> None:
+        """A closed generation's entries also belong under the open one's keys: records, and counts under caps.
+
+        A crash between the ledger and here counts them once too often, never too seldom: a cap is not exceeded.
+        """
+        seen = await self._scripts.generation()
+        while seen.open not in (0, generation):
+            records = [record for entry in entries for record in entry.records]
+            async with self._database.read() as conn:
+                version_counts = await _counts(conn, self._scripts.partition, seen.open, records, self._now())
+            status, _ = await self._scripts.restore(
+                [(r.api, r.client, r.key, r.pack()) for r in records],
+                version_counts,
+                open_generation=seen.open,
+                generation=seen.open,
+                retention_s=self._retention_s,
+            )
+            if status == "OK":
+                return
+            seen = await self._scripts.generation()
+
+
+async def _counts(
+    conn: AsyncConnection, partition: int, generation: int, records: Sequence[Record], now: int
+) -> list[Count]:
+    snapshot = await control.snapshot(conn, await control.version(conn))
+    campaigns = {campaign.id: campaign for campaign in snapshot.campaigns}
+    counts: list[Count] = []
+    for record in records:
+        campaign = campaigns.get(record.rule.campaign)
+        if campaign is None:
+            continue
+        periods = {cap.period for caps in (campaign.caps, *campaign.assigned.values()) for cap in caps}
+        for period in sorted(periods):
+            start, middle, _ = period_bounds(period, campaign.time_zone, record.issued_at)
+            expires_at = 0 if period == "total" else 2 * middle - start
+            if expires_at and expires_at <= now:
+                continue
+            key = counter_key(partition, generation, Counter(campaign.id, period, campaign.time_zone), start)
+            fields = (
+                cap_field("campaign", record.distributor),
+                cap_field("distributor", record.distributor),
+                cap_field("terminal", record.distributor) + record.terminal,
+            )
+            counts += [Count(key, field, len(record.codes), expires_at) for field in fields]
+    return counts
+
+
+def parse(partition: int, generation: int, entry_id: str, fields: dict[str, str]) -> Entry:
+    """An outbox entry as ``issue`` wrote it.  Raises ValueError or KeyError for anything else."""
+    records = tuple(Record.unpack(text) for text in parse_separated(fields["issued"]))
+    asides = tuple(Code.unpack(text) for text in parse_separated(fields["asides"]))
+    held = sum(len(record.codes) for record in records) + len(asides)
+    if int(fields["codes"]) != held or int(fields["generation"]) != generation or int(fields["seq"]) < 1 or not held:
+        raise ValueError("the entry does not hold what it says")
+    for text in (*fields.values(),):
+        text.encode("ascii")  # UnicodeEncodeError is a ValueError: whatever this is, issue did not write it
+    return Entry(partition, generation, int(fields["seq"]), entry_id, records, asides)
+
+
+def _sum(one: Flushed, other: Flushed) -> Flushed:
+    return Flushed(*map(add, msgspec.structs.astuple(one), msgspec.structs.astuple(other)))
+
+
+async def _nothing(_: AsyncConnection) -> None:
+    """The ledger has paused the campaigns in the store; only the next version is missing."""
+
+
+def _held(fields: dict[str, str]) -> int:
+    text = fields.get("codes", "0")
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
+def _safe(fields: dict[str, str]) -> dict[str, str]:
+    return {
+        key.encode("utf-8", "surrogateescape").decode("utf-8", "replace"): value.encode(
+            "utf-8", "surrogateescape"
+        ).decode("utf-8", "replace")
+        for key, value in fields.items()
+    }
+
+
+def _entries(reply: Any) -> list[tuple[str, dict[str, str] | None]]:
+    return list(reply[0][1]) if reply else []

@@ -1,0 +1,135 @@
+"""Publishing: a change of the control plane is in force on every process when its command returns (P6)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic, TypeVar
+
+import msgspec
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import keys
+from service.catalogue import encode
+from service.errors import RedisUnreachable, ScriptFailed, StoreIsOlder
+from service.scripts import Scripts
+from service.store import control
+from service.store.database import Database
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+# How long processes get to load a new catalogue before the fence makes them: those that are slower load it on
+# their next request instead, which costs that request a few milliseconds and nothing else.
+PRELOAD_S: Final = 1.0
+PRELOAD_POLL_S: Final = 0.02
+
+# A process that has not reported for this long is not waited for.
+REPORT_AGE_MS: Final = 1_000
+
+# How long a partition that is being recovered is waited for before the command says that it was not reached.
+UNREACHED_S: Final = 5.0
+
+# Superseded snapshots stay this long for processes that are about to read them; the store has every version.
+SUPERSEDED_S: Final = 300
+
+
+class Published(msgspec.Struct, Generic[T], frozen=True):
+    """``result`` of the change, the catalogue ``version`` it made, and the partitions where it is not in force yet
+    (empty: it is in force everywhere).  ``work`` goes on trying those."""
+
+    result: T
+    version: int
+    unreached: list[str]
+
+
+async def change(
+    database: Database,
+    scripts: Scripts,
+    edit: Callable[[AsyncConnection], Awaitable[T]],
+    *,
+    actor: str,
+    action: str,
+    subject: str,
+    detail: str = "",
+) -> Published[T]:
+    """Makes ``edit`` in one transaction with the next catalogue version, and puts it in force.
+
+    What ``edit`` raises leaves everything as it was.  Raises StoreIsOlder before anything is written.
+    """
+    fence = await _fence(scripts)
+    now = int(time.time())
+    async with database.write() as conn:
+        if (version := await control.version(conn)) < fence:
+            raise StoreIsOlder(
+                f"the store is older than Redis: its catalogue is {version}, the fence stands at {fence}"
+            )
+        result = await edit(conn)
+        version = await control.raise_version(conn)
+        blob = encode(await control.snapshot(conn, version))
+        await control.save_snapshot(conn, version, blob, now)
+        await control.log(conn, actor=actor, action=action, subject=subject, detail=detail, now=now)
+    unreached = await announce(scripts, version, blob)
+    deadline = time.monotonic() + UNREACHED_S
+    while unreached and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+        unreached = await announce(scripts, version, blob)
+    return Published(result, version, unreached)
+
+
+async def announce(scripts: Scripts, version: int, blob: bytes) -> list[str]:
+    """Puts a stored version in force; returns the partitions where that failed."""
+    try:
+        await _preload(scripts, version, blob)
+        if await scripts.publish(version) == "OK":
+            return []
+        reason = "it is being recovered"
+    except (RedisError, RedisUnreachable, ScriptFailed, OSError) as error:
+        reason = type(error).__name__
+    log.warning("partition not reached", partition=scripts.partition, version=version, reason=reason)
+    return [f"{keys.tag(scripts.partition)}: {reason}"]
+
+
+async def republish_once(database: Database, scripts: Scripts) -> int:
+    """Raises a fence that is behind the store (a command died half-way, or Redis was away): 1 if it was, else 0."""
+    fence = await _fence(scripts)
+    async with database.read() as conn:
+        if fence < 0 or await control.version(conn) <= fence:
+            return 0
+        version, blob = await control.load_snapshot(conn)
+    await announce(scripts, version, blob)
+    return 1
+
+
+async def _fence(scripts: Scripts) -> int:
+    """The fence, -1 if there is none or Redis is away."""
+    try:
+        return (await scripts.generation()).fence
+    except RedisUnreachable:
+        return -1
+
+
+async def _preload(scripts: Scripts, version: int, blob: bytes) -> None:
+    """Shows the snapshot to the processes and waits, bounded, until those that are alive have loaded it."""
+    redis = scripts.redis
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.set(keys.catalogue(version), blob)
+        pipe.expire(keys.catalogue(version - 1), SUPERSEDED_S)
+        pipe.set(keys.catalogue_newest(), version)
+        await pipe.execute()
+    deadline = time.monotonic() + PRELOAD_S
+    while time.monotonic() < deadline:
+        reports = await redis.hgetall(keys.catalogue_processes())
+        now_ms = time.time() * 1000
+        loaded = [
+            int(seen) >= version
+            for seen, _, at_ms in (report.partition(":") for report in reports.values())
+            if now_ms - float(at_ms) < REPORT_AGE_MS
+        ]
+        if all(loaded):
+            return
+        await asyncio.sleep(PRELOAD_POLL_S)

@@ -1,0 +1,262 @@
+"""Recover: decides whether what is in Redis may go on being issued from, and rolls the generation if not.
+
+``serve`` stops by itself: scripts answer LOST as soon as generation or identity do not agree.  Here it is decided why.
+
+*Same data* is accepted only from a server that never stopped (its run_id is the accepted one, it is a master and has
+never followed another): a first replica or a backup changes the replication id without any loss.  Every other change,
+a plain restart included, rolls: a restored old copy whose missing part had not been flushed can't be told from a
+restart, and guessing wrong would issue codes twice.  What a roll costs is the codes in the old windows; they are in
+quarantine, counted and named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import keys, metrics
+from service.catalogue import Snapshot, cap_field, period_bounds
+from service.errors import RedisUnreachable
+from service.scripts import Count, Generation, Scripts, counter_key
+from service.scripts import Counter as CapCounter
+from service.store import books, control, generations, ledger
+from service.store.database import Database
+from service.worker.currency import refuse_older
+from service.worker.flush import Flush
+from service.worker.publish import announce
+
+log = structlog.get_logger()
+
+# Counts and records of one restoring script: some 2 ms.
+RESTORE_MAX: Final = 1_000
+
+# Pages of records restored in one step: a second or so, then everything else gets its turn.
+RESTORE_PAGES: Final = 50
+
+# Keys looked at in one SCAN, and unlinked at once.
+UNLINK_MAX: Final = 500
+
+NO_SECOND_REPLID: Final = "0" * 40
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """What one step did.  ``opened`` is the generation that it opened or accepted, 0 if there was nothing to do."""
+
+    opened: int = 0
+    rolled: bool = False
+    restored: int = 0
+
+
+class Recover:
+    """Keeps one partition open."""
+
+    def __init__(
+        self,
+        database: Database,
+        scripts: Scripts,
+        flush: Flush,
+        *,
+        outbox_max: int,
+        retention_s: int,
+        now: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
+        self._database = database
+        self._scripts = scripts
+        self._flush = flush
+        self._outbox_max = outbox_max
+        self._retention_s = retention_s
+        self._now = now
+        self._partition = scripts.partition
+        self._restoring = 0  # generation whose records are being restored, and how far that has come
+        self._restored_to: tuple[int, int, int] | None = None
+
+    async def run_once(self) -> Recovered:
+        """Afterwards the partition is open, unless another worker just changed it or StoreIsOlder is raised.
+
+        Raises RedisUnreachable, StoreUnreachable: nothing was opened then that is not safe.
+        """
+        seen = await self._scripts.generation()
+        if seen.agrees:
+            await self._note_open(seen)
+            restored = await self._restore_records(seen) if seen.restoring else 0
+            return Recovered(restored=restored)
+        if seen.server_role != "master":
+            return Recovered()  # wait until it is promoted or the URL points elsewhere
+        if self._never_stopped(seen):
+            async with self._database.read() as conn:
+                version = await control.version(conn)
+            status = await self._scripts.open(seen, seen.open, version=version, restoring=seen.restoring)
+            log.warning("same server under a new replication id", partition=self._partition, status=status)
+            return Recovered(opened=seen.open if status == "OK" else 0)
+        return await self._roll(seen)
+
+    async def clean_once(self) -> int:
+        """Flushes what is left in outboxes of closed generations and unlinks the keys of those that are empty.
+
+        Returns how many keys.
+        """
+        seen = await self._scripts.generation()
+        if not seen.agrees:
+            return 0
+        async with self._database.read() as conn:
+            closed = await generations.closed(conn, self._partition)
+        unlinked = 0
+        for generation in closed[-8:]:  # older ones were cleaned before these could be closed
+            if generation == seen.open:
+                continue
+            await self._flush.drain(generation)
+            unlinked += await self._unlink(generation)
+        return unlinked
+
+    def _never_stopped(self, seen: Generation) -> bool:
+        return (
+            seen.open > 0
+            and seen.fence >= 0
+            and seen.run_id == seen.server_run_id
+            and seen.server_role == "master"
+            and seen.server_replid2 == NO_SECOND_REPLID
+        )
+
+    async def _note_open(self, seen: Generation) -> None:
+        """A roll that died between Redis and the store is finished here."""
+        async with self._database.read() as conn:
+            state = await generations.state(conn, self._partition, seen.open)
+        if state == "building":
+            async with self._database.write() as conn:
+                await generations.open_(conn, self._partition, seen.open, self._now())
+
+    async def _roll(self, seen: Generation) -> Recovered:
+        """Leaves the generation that was ``seen`` (if any) for a new one, beside it, and opens that."""
+        await refuse_older(self._database, self._scripts)
+        reason = "no data in Redis" if not seen.open else "another server, or the same one after a stop"
+        now = self._now()
+        async with self._database.write() as conn:
+            await generations.lock(conn, self._partition, exclusive=True)
+            # Another worker may have opened a generation since: closing that one would stop its refills for good.
+            again = await self._scripts.generation()
+            if (again.open, again.replid, again.server_replid) != (seen.open, seen.replid, seen.server_replid):
+                return Recovered()
+            current = await generations.current(conn, self._partition)
+            if current is not None:
+                await generations.close(conn, self._partition, current.generation, now)
+            generation = await generations.make(conn, self._partition, reason, now)
+        log.warning("rolling", partition=self._partition, to=generation, reason=reason)
+        metrics.rolls.labels(reason).inc()
+        if seen.open:
+            await self._flush.drain(seen.open)
+        # From here until the new generation is open no late flush may commit: it is either counted below or adds
+        # itself to the open generation (flush.py).
+        async with self._database.write() as conn:
+            await generations.lock(conn, self._partition, exclusive=True)
+            if await generations.newest(conn, self._partition) != generation:
+                return Recovered()  # another worker is rolling too, and began later
+            version = await control.version(conn)
+            counts = await self._counts(conn, generation, await control.snapshot(conn, version))
+            for i in range(0, len(counts), RESTORE_MAX):
+                status, _ = await self._scripts.restore(
+                    [], counts[i : i + RESTORE_MAX],
+                    open_generation=seen.open, generation=generation, retention_s=self._retention_s,
+                )  # fmt: skip
+                if status != "OK":
+                    return Recovered()
+            opened = await self._scripts.open(seen, generation, version=version, restoring=True)
+            if opened != "OK":
+                return Recovered()
+            await generations.open_(conn, self._partition, generation, self._now())
+        log.warning("rolled", partition=self._partition, to=generation)
+        if version:
+            async with self._database.read() as conn:
+                await announce(self._scripts, *await control.load_snapshot(conn))
+        return Recovered(opened=generation, rolled=True)
+
+    async def _counts(self, conn: AsyncConnection, generation: int, snapshot: Snapshot) -> list[Count]:
+        """What caps have used, by the ledger; a campaign's own caps also count what may have been issued and lost.
+
+        What a generation lost is at most the outbox bound, and no more than what is in quarantine of it: with that, a
+        campaign's cap is not exceeded even if all of it was issued (P8).
+        """
+        now = self._now()
+        lost = await books.quarantine(conn)
+        counted_from = await control.caps_counted_from(conn)
+        counts: list[Count] = []
+        for campaign in snapshot.campaigns:
+            caps = {(cap.holder, cap.period) for some in (campaign.caps, *campaign.assigned.values()) for cap in some}
+            for period in sorted({period for _, period in caps}):
+                start, middle, _ = period_bounds(period, campaign.time_zone, now)
+                own = {key: at for key, at in counted_from.items() if key[0] == campaign.id and key[3] == period}
+                used: Counter[str] = Counter()
+                for began in sorted(set(own.values())):
+                    for count in await ledger.counts(conn, campaign.id, max(start, began)):
+                        for holder in {holder for holder, of in caps if of == period}:
+                            if began == _counted_from(own, count.distributor, holder):
+                                field = cap_field(holder, count.distributor)
+                                used[field + count.terminal if field.endswith(":") else field] += count.codes
+                if ("campaign", period) in caps:
+                    since = max(start, own[campaign.id, "", "campaign", period])
+                    left = [one for one in lost if one.pool == campaign.pool and one.left_at >= since]
+                    used[cap_field("campaign", "")] += sum(min(one.codes, self._outbox_max) for one in left)
+                key = counter_key(
+                    self._partition, generation, CapCounter(campaign.id, period, campaign.time_zone), start
+                )
+                expires_at = 0 if period == "total" else 2 * middle - start
+                counts += [Count(key, field, codes, expires_at) for field, codes in used.items() if codes]
+        return counts
+
+    async def _restore_records(self, seen: Generation) -> int:
+        """Sets the replay records that the ledger has and Redis lacks, newest first; while it lasts, a request whose
+        record is missing is looked up in the ledger before it is issued.  Begins after the generation was opened,
+        so a late flush is either found here or has restored its own (flush.py).
+        """
+        if self._restoring != seen.open:
+            self._restoring, self._restored_to = seen.open, None
+        restored = 0
+        since = self._now() - self._retention_s
+        for _ in range(RESTORE_PAGES):
+            async with self._database.read() as conn:
+                page = await ledger.newest_first(conn, self._partition, since, self._restored_to, RESTORE_MAX)
+            if not page:
+                async with self._database.read() as conn:
+                    version = await control.version(conn)
+                if await self._scripts.open(seen, seen.open, version=version, restoring=False) == "OK":
+                    log.info("records restored", partition=self._partition, generation=seen.open)
+                self._restoring = 0
+                break
+            records = [(record.api, record.client, record.key, record.pack()) for _, record in page]
+            status, missing = await self._scripts.restore(
+                records, [], open_generation=seen.open, generation=seen.open, retention_s=self._retention_s
+            )
+            if status != "OK":
+                break
+            restored += missing
+            self._restored_to = page[-1][0]
+        return restored
+
+    async def _unlink(self, generation: int) -> int:
+        """Unlinks the keys of a closed generation, unless its outbox still holds something."""
+        redis = self._scripts.redis
+        try:
+            if await redis.xlen(keys.outbox(self._partition, generation)):
+                return 0
+            unlinked, cursor = 0, 0
+            while True:
+                cursor, found = await redis.scan(
+                    cursor, match=keys.of_generation(self._partition, generation), count=UNLINK_MAX
+                )
+                if found:
+                    unlinked += await redis.unlink(*found)
+                if cursor == 0:
+                    return unlinked
+        except RedisError as error:
+            raise RedisUnreachable from error
+
+
+def _counted_from(own: dict[tuple[str, str, str, str], int], distributor: str, holder: str) -> int | None:
+    """Since when what ``holder`` uses is counted: by the campaign's cap or the assignment's, whichever is older."""
+    return min((at for key, at in own.items() if key[1] in ("", distributor) and key[2] == holder), default=None)

@@ -1,0 +1,121 @@
+"""Runs the worker: every loop until told to stop, then the last flush."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from service import metrics
+from service.errors import Fault
+from service.scripts import Scripts, connect
+from service.settings import Settings
+from service.store.database import Database, check_migrated
+from service.worker.flush import BLOCK_MS, Flush
+from service.worker.publish import republish_once
+from service.worker.recover import Recover
+from service.worker.refill import Refill
+from service.worker.watch import Watch
+
+log = structlog.get_logger()
+
+# Seconds between two steps of a loop if the first found nothing to do.  Flush and refill wait inside their steps (for
+# an entry, for demand) and pause only so that demand that can't be met does not make them spin.
+RECOVER_S: Final = 0.1
+PUBLISH_S: Final = 1.0
+FLUSH_S: Final = 0.005
+REFILL_S: Final = 0.02
+DEMAND_S: Final = 0.5
+CLEAN_S: Final = 5.0
+WATCH_S: Final = 10.0
+
+# A roll counts the ledger under caps, which on a large one takes longer than any statement of every day may.
+RECOVERY_STATEMENT_S: Final = 300.0
+
+# After a fault a loop waits this long and then twice as long each time, up to the second.
+FAULT_PAUSE_S_MIN: Final = 0.1
+FAULT_PAUSE_S_MAX: Final = 2.0
+
+
+async def work(settings: Settings, stop: asyncio.Event) -> None:
+    """Works until ``stop`` is set; then what is in the outbox is flushed, as far as store and Redis answer.
+
+    With the store or Redis away it keeps trying.  Raises Misconfigured if the schema is not this version's.
+    """
+    database = Database.connect(settings.store_url)
+    patient = Database.connect(settings.store_url, statement_s=RECOVERY_STATEMENT_S)
+    redis = connect(settings.redis_url, timeout_ms=max(settings.redis_timeout_ms, 4 * BLOCK_MS))
+    try:
+        await check_migrated(database)
+        scripts = Scripts(redis)
+        flush = Flush(
+            database, scripts, consumer=f"{socket.gethostname()}-{os.getpid()}", retention_s=settings.replay_retention_s
+        )
+        recover = Recover(
+            patient, scripts, flush, outbox_max=settings.outbox_max, retention_s=settings.replay_retention_s
+        )
+        refill = Refill(database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s)
+        watch = Watch(
+            database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max,
+            retention_s=settings.replay_retention_s,
+        )  # fmt: skip
+
+        async def flush_step() -> bool:
+            return (await flush.run_once(block_ms=BLOCK_MS)).entries > 0
+
+        async def refill_step() -> bool:
+            await refill.demanded(wait_s=DEMAND_S)
+            return (await refill.run_once()).codes > 0
+
+        loops = {
+            "recover": _loop("recover", recover.run_once, RECOVER_S, stop),
+            "flush": _loop("flush", flush_step, FLUSH_S, stop),
+            "refill": _loop("refill", refill_step, REFILL_S, stop),
+            "publish": _loop("publish", lambda: republish_once(database, scripts), PUBLISH_S, stop),
+            "clean": _loop("clean", recover.clean_once, CLEAN_S, stop),
+            "watch": _loop("watch", watch.run_once, WATCH_S, stop),
+        }
+        tasks = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+        log.info("working")
+        await stop.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await _last_flush(scripts, flush)
+        log.info("stopped")
+    finally:
+        await redis.aclose()
+        await patient.close()
+        await database.close()
+
+
+async def _loop(name: str, step: Callable[[], Awaitable[object]], pause_s: float, stop: asyncio.Event) -> None:
+    fault_pause_s = FAULT_PAUSE_S_MIN
+    # Cancelling is not enough: before Python 3.12 asyncio.wait_for, which redis-py waits with, may swallow it.
+    while not stop.is_set():
+        try:
+            did_something = await step()
+        except Exception as fault:  # the boundary of a loop: it tries again, whatever happened
+            metrics.step_faults.labels(name, type(fault).__name__).inc()
+            if isinstance(fault, Fault):
+                log.warning("step failed", loop=name, fault=type(fault).__name__, detail=str(fault))
+            else:
+                log.exception("step failed", loop=name)
+            await asyncio.sleep(fault_pause_s)
+            fault_pause_s = min(2 * fault_pause_s, FAULT_PAUSE_S_MAX)
+        else:
+            fault_pause_s = FAULT_PAUSE_S_MIN
+            await asyncio.sleep(0 if did_something is True else pause_s)
+
+
+async def _last_flush(scripts: Scripts, flush: Flush) -> None:
+    try:
+        seen = await scripts.generation()
+        if seen.open:
+            await flush.drain(seen.open)
+    except Fault as fault:
+        log.warning("the last flush failed; the outbox keeps it", fault=type(fault).__name__)

@@ -1,0 +1,480 @@
+"""The service as in production: own Valkey, own store, `serve` with two processes, `work`, and the commands."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from service import tokens
+from service.scripts import Scripts, connect
+from service.store import control, stock
+from service.store.database import Database
+from service.worker.publish import change
+from service.worker.stocking import import_codes
+from tests.acceptance.test_up import environment, until, voucherd
+from tests.integration.conftest import _own_database, sqlite_url
+from tests.servers import PostgresServer, RedisServer, free_port
+
+DEADLINE_S = 60.0
+SOON_S = 1.0  # "503 within a second"
+
+
+class Service:
+    """`voucherd serve` and `voucherd work` on one Valkey and one store, without demo data."""
+
+    def __init__(self, valkey: RedisServer, store_url: str, log: Path, **settings: str) -> None:
+        self.valkey = valkey
+        self.store_url = store_url
+        self.port, self.ops_port = free_port(), free_port()
+        self.environment = environment(
+            VOUCHERD_REDIS_URL=valkey.url, VOUCHERD_STORE_URL=store_url, VOUCHERD_PORT=str(self.port),
+            VOUCHERD_OPS_PORT=str(self.ops_port), VOUCHERD_WORKERS="2", VOUCHERD_PLANNED_RATE="5",
+            VOUCHERD_STORE_OUTAGE_S="10", **settings,
+        )  # fmt: skip
+        self.log = log
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.tokens: dict[str, str] = {}
+        self.at_once = asyncio.Semaphore(32)  # the client's own bookkeeping is quadratic in what waits
+
+    def start(self, *names: str) -> None:
+        for name in names or ("serve", "work"):
+            with self.log.open("ab") as log:
+                self.processes[name] = subprocess.Popen(voucherd(name), env=self.environment, stdout=log, stderr=log)
+        until(self._ready, "ready")
+
+    def _ready(self) -> bool:
+        for name, process in self.processes.items():
+            assert process.poll() is None, f"{name}: {self.log.read_text()}"
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{self.ops_port}/readyz", trust_env=False).status_code == 200
+        return False
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            assert process.wait(DEADLINE_S) == 0, self.log.read_text()
+        self.processes.clear()
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            voucherd(*arguments), env=self.environment, capture_output=True, text=True, timeout=DEADLINE_S
+        )
+
+    def succeed(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout
+
+    def furnish(self, codes: int, tmp_path: Path) -> None:
+        """DIST-1 with a token, campaign C-1 for PAY with ``codes`` codes, by the commands that scripts rely on."""
+        file = tmp_path / "codes.csv"
+        file.write_text("code\n" + "".join(f"CODE-{number:06}\n" for number in range(codes)))
+        self.succeed("distributor", "create", "DIST-1")
+        self.succeed("campaign", "create", "C-1", "--category", "CAT", "--product", "PAY")
+        self.succeed("codes", "import", "C-1", str(file))
+        self.succeed("campaign", "assign", "C-1", "DIST-1")
+        self.tokens["DIST-1"] = json.loads(self.succeed("token", "issue", "DIST-1", "--json"))["token"]
+
+    def client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
+        return httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{self.port}", limits=limits, timeout=30, trust_env=False,
+        )  # fmt: skip
+
+    async def ask(
+        self, client: httpx.AsyncClient, key: str, *, token: str | None = None, distributor: str = "DIST-1",
+        terminal: str = "T-1",
+    ) -> httpx.Response:  # fmt: skip
+        async with self.at_once:
+            return await client.post(
+                "/api/v1/voucher/request",
+                headers={"Authorization": f"Bearer {token or self.tokens[distributor]}"},
+                json={
+                    "request_id": key,
+                    "distributor_id": distributor,
+                    "terminal_id": terminal,
+                    "product_ids": ["PAY"],
+                },
+            )
+
+    async def voucher(self, client: httpx.AsyncClient, key: str, **who: str) -> httpx.Response:
+        """Retries 503 with the same key, as partners do."""
+        end = time.monotonic() + DEADLINE_S
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                response = await self.ask(client, key, **who)
+                if response.status_code != 503:
+                    return response
+            assert time.monotonic() < end, f"{key}: no answer but 503"
+            await asyncio.sleep(0.02)
+
+    def quiet(self) -> None:
+        """Returns when everything issued is in the ledger."""
+        with redis.Redis.from_url(self.valkey.url, decode_responses=True) as client:
+
+            def flushed() -> bool:
+                generation = client.hget("{0}:generation", "open")
+                return bool(generation) and client.xlen(f"{{0}}:{generation}:outbox") == 0
+
+            until(flushed, "an empty outbox")
+
+    def audit(self) -> dict[str, Any]:
+        """The audit's figures; fails unless the books balance."""
+        self.quiet()
+        done = self.run("audit", "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+
+    def in_quarantine(self) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = json.loads(self.succeed("audit", "--json", "--quarantine"))["quarantined_codes"]
+        return listed
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def own_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A store without a table."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "store.db")
+    else:
+        postgres: PostgresServer = request.getfixturevalue("postgres")
+        yield from _own_database(postgres, "template1")
+
+
+@pytest.fixture
+def service(own_store: str, new_valkey: Callable[[], RedisServer], tmp_path: Path) -> Iterator[Service]:
+    valkey = new_valkey()
+    valkey.start()
+    made = Service(valkey, own_store, tmp_path / "log")
+    made.succeed("migrate")
+    made.start()
+    yield made
+    made.kill()
+
+
+only_sqlite = pytest.mark.parametrize("own_store", ["sqlite"], indirect=True)
+
+
+async def test_the_same_request_gets_the_same_bytes_after_everything_was_killed(
+    service: Service, tmp_path: Path
+) -> None:
+    service.furnish(200, tmp_path)
+    async with service.client() as client:
+        first = await service.voucher(client, "req-1")
+        again = await service.voucher(client, "req-1")
+        assert (first.status_code, again.status_code) == (200, 200)
+        assert again.content == first.content
+        assert "idempotent-replayed" not in first.headers
+        assert again.headers["idempotent-replayed"] == "true"
+    service.kill()
+    service.valkey.kill()
+    service.valkey.start()
+    service.start()
+    async with service.client() as client:
+        revived = await service.voucher(client, "req-1")
+    assert revived.content == first.content
+    assert revived.headers["idempotent-replayed"] == "true"
+    found = json.loads(service.succeed("ledger", "find", "--request-id", "req-1", "--json"))
+    assert [row["voucher_code"] for row in found] == [first.json()["voucher_code"]]
+    service.audit()
+    service.stop()
+
+
+@only_sqlite
+async def test_2000_parallel_requests_on_500_codes_get_exactly_500_distinct_codes(
+    service: Service, tmp_path: Path
+) -> None:
+    service.furnish(500, tmp_path)
+    keys = [f"req-{number}" for number in range(2_000)]
+    async with service.client() as client:
+        answers = await asyncio.gather(*(service.voucher(client, key) for key in keys))
+        statuses = Counter(answer.status_code for answer in answers)
+        assert statuses == {200: 500, 409: 1_500}
+        assert len({answer.json()["voucher_code"] for answer in answers if answer.status_code == 200}) == 500
+        assert {answer.json()["code"] for answer in answers if answer.status_code == 409} == {"exhausted"}
+        issued = {key: answer for key, answer in zip(keys, answers, strict=True) if answer.status_code == 200}
+        replays = await asyncio.gather(*(service.voucher(client, key) for key in issued))
+        assert [replay.content for replay in replays] == [answer.content for answer in issued.values()]
+        assert all(replay.headers["idempotent-replayed"] == "true" for replay in replays)
+        other = await service.voucher(client, next(iter(issued)), terminal="T-2")
+        assert (other.status_code, other.json()["code"]) == (422, "key_reused")
+    service.audit()
+
+
+@contextlib.asynccontextmanager
+async def control_plane(service: Service) -> AsyncIterator[tuple[Database, Scripts]]:
+    """What the commands work on, without starting a process for each of them."""
+    database, client = Database.connect(service.store_url), connect(service.valkey.url, timeout_ms=2_000)
+    try:
+        yield database, Scripts(client)
+    finally:
+        await client.aclose()
+        await database.close()
+
+
+async def test_nothing_is_issued_after_a_revocation_or_pause_has_returned(service: Service, tmp_path: Path) -> None:
+    service.furnish(3_000, tmp_path)
+    rng = random.Random(1)
+    answers: list[tuple[float, str, int]] = []  # when the request began, by which token, status
+    token = service.tokens["DIST-1"]
+    refused_from: dict[str, float] = {}
+    allowed_from: dict[str, float] = {}
+    paused: list[tuple[float, float]] = []
+    over = asyncio.Event()
+
+    async def load(client: httpx.AsyncClient, name: str) -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            which, began = token, time.monotonic()
+            response = await service.ask(client, f"{name}-{number}", token=which)
+            answers.append((began, which, response.status_code))
+            await asyncio.sleep(rng.random() / 500)
+
+    async with service.client() as client, control_plane(service) as (database, scripts):
+
+        async def publish(edit: Callable[[Any], Awaitable[object]]) -> None:
+            done = await change(database, scripts, edit, actor="test", action="race", subject="C-1")
+            assert done.unreached == []
+
+        loads = [asyncio.create_task(load(client, f"load-{number}")) for number in range(8)]
+        for _ in range(4):
+            old, new = token, tokens.new_token()
+            now = int(time.time())
+            await publish(
+                lambda conn, new=new, now=now: control.add_credential(conn, "DIST-1", tokens.digest(new), now)
+            )
+            allowed_from[new] = time.monotonic()
+            first = await service.ask(client, f"fresh-{new[-6:]}", token=new)
+            assert first.status_code == 200, "a token made works at once"
+            token = new
+            await publish(
+                lambda conn, old=old, now=now: control.revoke_credentials(
+                    conn, token_sha256=tokens.digest(old), now=now
+                )
+            )
+            refused_from[old] = time.monotonic()
+            late = await service.ask(client, f"late-{old[-6:]}", token=old)
+            assert (late.status_code, late.json()["code"]) == (401, "token_unknown")
+            await publish(lambda conn: control.set_paused(conn, "C-1", True))
+            stopped = time.monotonic()
+            held = await service.ask(client, f"held-{new[-6:]}")
+            assert held.status_code == 401 or held.json()["code"] == "not_running"
+            held = await service.ask(client, f"held-{new[-6:]}", token=new)
+            assert (held.status_code, held.json()["code"]) == (409, "not_running")
+            ended = time.monotonic()
+            await publish(lambda conn: control.set_paused(conn, "C-1", False))
+            paused.append((stopped, ended))
+            assert (await service.ask(client, f"on-{new[-6:]}", token=new)).status_code == 200, "resumed works at once"
+        over.set()
+        await asyncio.gather(*loads)
+    successes = [(began, which) for began, which, status in answers if status == 200]
+    assert len(successes) > 50, "the race was one"
+    late = [which for began, which in successes if began >= refused_from.get(which, float("inf"))]
+    assert not late, "a revoked token issued after the command had returned"
+    asleep = [began for began, _ in successes if any(stopped <= began < ended for stopped, ended in paused)]
+    assert not asleep, "a paused campaign issued after the command had returned"
+    service.audit()
+
+
+async def test_a_distributor_assigned_under_load_works_at_once_on_every_process(
+    service: Service, tmp_path: Path
+) -> None:
+    service.furnish(500, tmp_path)
+    async with service.client() as client, control_plane(service) as (database, scripts):
+        for number in range(5):
+            name, token, now = f"LATE-{number}", tokens.new_token(), int(time.time())
+
+            async def edit(conn: Any, name: str = name, token: str = token, now: int = now) -> None:
+                await control.create_distributor(conn, name, name, now)
+                await control.add_credential(conn, name, tokens.digest(token), now)
+
+            await change(database, scripts, edit, actor="test", action="race", subject=name)
+            before = await asyncio.gather(
+                *(service.ask(client, f"b-{i}", distributor=name, token=token) for i in range(8))
+            )
+            assert {(one.status_code, one.json()["code"]) for one in before} == {(409, "no_campaign")}
+            await change(
+                database, scripts, lambda conn, name=name, now=now: control.assign(conn, "C-1", name, (), now),
+                actor="test", action="race", subject=name,
+            )  # fmt: skip
+            after = await asyncio.gather(
+                *(service.ask(client, f"a-{i}", distributor=name, token=token) for i in range(8))
+            )
+            assert {one.status_code for one in after} == {200}
+    service.audit()
+
+
+async def test_import_racing_refill_racing_issuing_gives_no_false_409(service: Service, tmp_path: Path) -> None:
+    """A 409 `exhausted` is true only if at some moment of the request everything imported by then was issued."""
+    service.furnish(50, tmp_path)
+    imported = [(0.0, 50)]  # when the codes were certainly in stock, and how many in all
+    asked: list[tuple[float, float, int]] = []
+    over = asyncio.Event()
+
+    async def load(client: httpx.AsyncClient, name: str) -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            began = time.monotonic()
+            response = await service.voucher(client, f"{name}-{number}")
+            assert response.status_code in (200, 409), response.text
+            if response.status_code == 409:
+                assert response.json()["code"] == "exhausted"
+            asked.append((began, time.monotonic(), response.status_code))
+
+    async with service.client() as client, control_plane(service) as (database, scripts):
+        loads = [asyncio.create_task(load(client, f"load-{number}")) for number in range(6)]
+        for batch in range(15):
+            rows = [stock.Row(line, f"MORE-{batch:02}-{line:04}", None, None) for line in range(1, 41)]
+            await import_codes(database, scripts, "C-1", rows, import_id=f"more-{batch}")
+            imported.append((time.monotonic(), imported[-1][1] + 40))
+        over.set()
+        await asyncio.gather(*loads)
+        last = await service.voucher(client, "drain-0")
+        number = 0
+        while last.status_code == 200:
+            number += 1
+            began = time.monotonic()
+            last = await service.voucher(client, f"drain-{number}")
+            asked.append((began, time.monotonic(), last.status_code))
+    false = []
+    for began, ended, status in asked:
+        if status == 409:
+            there = max(codes for at, codes in imported if at <= began)
+            given = 1 + sum(1 for other, _, outcome in asked if outcome == 200 and other <= ended)
+            if given < there:
+                false.append((began, there, given))
+    assert not false, f"409 although codes were left (imported, given): {false[:3]}"
+    assert sum(status == 200 for _, _, status in asked) == imported[-1][1] - 1  # `drain-0` was not noted
+    service.audit()
+
+
+async def _issue_some(service: Service, client: httpx.AsyncClient, prefix: str, count: int) -> dict[str, bytes]:
+    answers = await asyncio.gather(*(service.voucher(client, f"{prefix}-{number}") for number in range(count)))
+    assert {answer.status_code for answer in answers} == {200}
+    return {f"{prefix}-{number}": answer.content for number, answer in enumerate(answers)}
+
+
+def _codes(vouchers: dict[str, bytes]) -> list[str]:
+    return [json.loads(body)["voucher_code"] for body in vouchers.values()]
+
+
+async def _first_answer_is_503(service: Service, client: httpx.AsyncClient) -> None:
+    """Within a second of the fault the client is told 503, or is served by the new generation already."""
+    began = time.monotonic()
+    with contextlib.suppress(httpx.TransportError):
+        first = await service.ask(client, "at-the-fault")
+        assert first.status_code in (503, 200), first.text
+    assert time.monotonic() - began < SOON_S
+
+
+async def test_flushall_on_a_running_service_issues_no_code_twice_and_goes_on_by_itself(
+    service: Service, tmp_path: Path
+) -> None:
+    service.furnish(1_000, tmp_path)
+    async with service.client() as client:
+        before = await _issue_some(service, client, "before", 60)
+        service.quiet()
+        with redis.Redis.from_url(service.valkey.url) as admin:
+            admin.flushall()
+        await _first_answer_is_503(service, client)
+        after = await _issue_some(service, client, "after", 60)
+        replays = {key: (await service.voucher(client, key)).content for key in before}
+    assert replays == before
+    assert len(set(_codes(before) + _codes(after))) == 120
+    service.audit()
+    in_quarantine = {one["serial_number"] for one in service.in_quarantine()}
+    assert in_quarantine, "what was in the windows is named"
+    given = {json.loads(body)["serial_number"] for body in (*before.values(), *after.values())}
+    assert not in_quarantine & given
+
+
+async def test_flushall_before_the_flush_puts_what_was_lost_in_quarantine(service: Service, tmp_path: Path) -> None:
+    service.furnish(1_000, tmp_path)
+    async with service.client() as client:
+        kept = await _issue_some(service, client, "kept", 20)
+        service.quiet()
+        service.processes["work"].kill()
+        service.processes.pop("work").wait()
+        lost = await _issue_some(service, client, "lost", 20)
+        with redis.Redis.from_url(service.valkey.url) as admin:
+            admin.flushall()
+        refused = await service.ask(client, "while-nobody-recovers")
+        assert (refused.status_code, refused.json()["code"]) == (503, "store_unreachable")
+        service.start("work")
+        after = await _issue_some(service, client, "after", 20)
+        assert {key: (await service.voucher(client, key)).content for key in kept} == kept
+    assert len(set(_codes(kept) + _codes(lost) + _codes(after))) == 60
+    service.audit()
+    in_quarantine = {one["serial_number"] for one in service.in_quarantine()}
+    assert {json.loads(body)["serial_number"] for body in lost.values()} <= in_quarantine
+
+
+@pytest.mark.parametrize("flushed", [True, False], ids=["flushed", "not-flushed"])
+@only_sqlite
+async def test_valkey_restarted_on_an_old_copy_of_its_data_issues_no_code_twice(
+    service: Service, tmp_path: Path, flushed: bool
+) -> None:
+    """The copy is older by 40 vouchers; `not-flushed`: no worker ran meanwhile, so only the client knows them."""
+    service.furnish(1_000, tmp_path)
+    async with service.client() as client:
+        before = await _issue_some(service, client, "before", 20)
+        service.quiet()
+        if not flushed:
+            service.processes["work"].kill()
+            service.processes.pop("work").wait()
+        shutil.copytree(service.valkey.directory, tmp_path / "copy")
+        since = await _issue_some(service, client, "since", 40)
+        if flushed:
+            service.quiet()
+        service.valkey.kill()
+        shutil.rmtree(service.valkey.directory)
+        shutil.copytree(tmp_path / "copy", service.valkey.directory)
+        service.valkey.start()
+        await _first_answer_is_503(service, client)
+        if not flushed:
+            service.start("work")
+        after = await _issue_some(service, client, "after", 60)
+        assert {key: (await service.voucher(client, key)).content for key in before} == before
+        if flushed:
+            assert {key: (await service.voucher(client, key)).content for key in since} == since
+    assert len(set(_codes(before) + _codes(since) + _codes(after))) == 120
+    service.audit()
+    if not flushed:
+        in_quarantine = {one["serial_number"] for one in service.in_quarantine()}
+        assert {json.loads(body)["serial_number"] for body in since.values()} <= in_quarantine
+
+
+@only_sqlite
+async def test_with_the_worker_away_issuing_goes_on_and_nothing_is_trimmed(service: Service, tmp_path: Path) -> None:
+    service.furnish(1_000, tmp_path)
+    async with service.client() as client:
+        await _issue_some(service, client, "before", 5)
+        service.processes["work"].kill()
+        service.processes.pop("work").wait()
+        vouchers = await _issue_some(service, client, "alone", 50)  # planned_rate 5 x store_outage_s 10
+    service.start("work")
+    service.quiet()
+    for key in random.Random(2).sample(sorted(vouchers), 3):
+        assert json.loads(service.succeed("ledger", "find", "--request-id", key, "--json"))
+    service.audit()

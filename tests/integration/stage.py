@@ -1,0 +1,104 @@
+"""A store and a Redis with the worker's steps at hand, each taken when a test says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.catalogue import Cap, Catalogue, encode, load, period_bounds
+from service.domain import Request
+from service.scripts import Answer, Routed, Scripts, connect
+from service.store import control
+from service.store.database import Database
+from service.worker.audit import Report, audit
+from service.worker.flush import Flush
+from service.worker.publish import change
+from service.worker.recover import Recover
+from service.worker.refill import Refill
+
+DISTRIBUTOR = "DIST-001"
+OUTBOX_MAX = 10_000
+RETENTION_S = 86_400
+
+
+class Stage:
+    """One partition, open, whose windows, outbox and ledger only move when told to."""
+
+    def __init__(self, database: Database, scripts: Scripts) -> None:
+        self.database = database
+        self.scripts = scripts
+        self.flush = Flush(database, scripts, consumer="test", retention_s=RETENTION_S)
+        self.recover = Recover(database, scripts, self.flush, outbox_max=OUTBOX_MAX, retention_s=RETENTION_S)
+        self.refill = Refill(database, scripts, low_water=20, store_outage_s=1)
+
+    async def open(self) -> int:
+        """The generation that is open now, with all its records restored."""
+        for _ in range(20):
+            await self.recover.run_once()
+            seen = await self.scripts.generation()
+            if seen.agrees and not seen.restoring:
+                return seen.open
+        raise AssertionError("the partition does not open")
+
+    async def campaign(self, id: str = "CAMP-001", product: str = "PAY", caps: tuple[Cap, ...] = ()) -> None:
+        """A campaign with a pool of its own, assigned to DISTRIBUTOR, which is made if it is not there."""
+        now = int(time.time())
+
+        async def edit(conn: AsyncConnection) -> None:
+            snapshot = await control.snapshot(conn, 0)
+            if DISTRIBUTOR not in snapshot.distributors:
+                await control.create_distributor(conn, DISTRIBUTOR, "A partner", now)
+            await control.create_pool(conn, id, default_expires_at=now + 10**7, least_life_s=0, now=now)
+            await control.create_campaign(
+                conn, id, category=product, products=[product], pool=id, priority=100, starts_at=now - 60, until=0,
+                time_zone="UTC", caps=caps, now=now,
+            )  # fmt: skip
+            await control.assign(conn, id, DISTRIBUTOR, (), now)
+
+        published = await change(self.database, self.scripts, edit, actor="test", action="test", subject=id)
+        assert not published.unreached
+
+    async def issue(self, *keys: str, product: str = "PAY") -> list[Answer]:
+        """What the script says to one request per key, as one batch."""
+        async with self.database.read() as conn:
+            version = await control.version(conn)
+            snapshot = await control.snapshot(conn, version)
+        catalogue = [part for part in load(encode(snapshot)) if part is not None][-1]
+        assert isinstance(catalogue, Catalogue)
+        plan = catalogue.route(DISTRIBUTOR, (product,)).plan
+        now = int(time.time())
+        reply = await self.scripts.issue(
+            [
+                Routed(Request("v1", DISTRIBUTOR, key, DISTRIBUTOR, "T1", (product,), f"T1\t{product}"), plan)
+                for key in keys
+            ],
+            generation=(await self.scripts.generation()).open,
+            version=version,
+            outbox_max=OUTBOX_MAX,
+            retention_s=RETENTION_S,
+            bounds={
+                cap.counter: period_bounds(cap.counter.period, cap.counter.time_zone, now)
+                for candidate in plan.candidates
+                for cap in candidate.caps
+            },
+        )
+        assert reply.status == "OK"
+        return reply.answers
+
+    async def audit(self) -> Report:
+        return await audit(self.database, self.scripts)
+
+
+@asynccontextmanager
+async def staged(database: Database, redis_url: str) -> AsyncIterator[Stage]:
+    """A stage whose partition is open."""
+    redis = connect(redis_url, timeout_ms=2_000)
+    try:
+        stage = Stage(database, Scripts(redis))
+        await stage.open()
+        yield stage
+    finally:
+        await redis.aclose()

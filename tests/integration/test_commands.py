@@ -1,0 +1,417 @@
+"""The operator's commands, on real servers: what they print, how they end, and what is in force when they return."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from sqlalchemy import select
+from typer.testing import CliRunner, Result
+
+from service import keys
+from service.catalogue import Cap, Snapshot
+from service.cli.main import app
+from service.cli.processes import only_worker
+from service.errors import Misconfigured
+from service.store import control, schema
+from service.store.database import Database
+from service.tokens import digest, well_formed
+from service.worker import balance, publish
+from tests.integration.conftest import sqlite_url
+from tests.integration.stage import Stage, staged
+from tests.servers import RedisServer, free_port
+
+OnStage = Callable[[Callable[[Stage], Any]], Any]
+
+
+@pytest.fixture
+def store(store_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> OnStage:
+    """The environment names a store and a Redis, and the partition is open.  Calls a step with a stage on them."""
+    for name in [name for name in os.environ if name.startswith("VOUCHERD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VOUCHERD_STORE_URL", store_url)
+    monkeypatch.setenv("VOUCHERD_REDIS_URL", valkey_url)
+
+    async def on_stage(step: Callable[[Stage], Any]) -> Any:
+        database = Database.connect(store_url)
+        try:
+            async with staged(database, valkey_url) as stage:
+                return await step(stage)
+        finally:
+            await database.close()
+
+    def call(step: Callable[[Stage], Any]) -> Any:
+        return asyncio.run(on_stage(step))
+
+    async def nothing(stage: Stage) -> None: ...
+
+    call(nothing)
+    return call
+
+
+def run(*arguments: str, typed: str | None = None) -> Result:
+    """One command, as typed."""
+    return CliRunner().invoke(app, list(arguments), input=typed, env={"COLUMNS": "90"})
+
+
+def ok(*arguments: str, typed: str | None = None) -> Result:
+    result = run(*arguments, typed=typed)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: str, says: str) -> None:
+    """The command fails with one line on standard error, and nothing else."""
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("voucherd: ")
+    assert result.stderr.count("\n") == 1
+    assert says in result.stderr
+
+
+async def snapshot(stage: Stage) -> Snapshot:
+    async with stage.database.read() as conn:
+        return await control.snapshot(conn, await control.version(conn))
+
+
+async def fence(stage: Stage) -> tuple[int, int]:
+    """The fence and the store's version."""
+    async with stage.database.read() as conn:
+        return (await stage.scripts.generation()).fence, await control.version(conn)
+
+
+def _stocked(tmp_path: Path, codes: int = 50) -> None:
+    """A campaign that DIST-001 may issue by, from ``codes`` codes."""
+    ok("distributor", "create", "DIST-001", "--name", "A partner")
+    ok("campaign", "create", "CAMP-001", "--category", "PAY", "--product", "PAY")
+    ok("campaign", "assign", "CAMP-001", "DIST-001")
+    (tmp_path / "codes.csv").write_text("code\n" + "".join(f"CODE-{number:04}\n" for number in range(codes)))
+    ok("codes", "import", "CAMP-001", str(tmp_path / "codes.csv"))
+
+
+async def _three_issued(stage: Stage) -> None:
+    await stage.refill.run_once()
+    answers = await stage.issue("req-1", "req-2", "req-3")
+    assert {answer.status for answer in answers} == {"ISSUED"}
+    await stage.flush.run_once()
+
+
+def test_from_nothing_to_an_audited_voucher(store: OnStage, tmp_path: Path) -> None:
+    _stocked(tmp_path)
+    store(_three_issued)
+    found = orjson.loads(ok("ledger", "find", "--request-id", "req-2", "--json").stdout)
+    assert [one["request_id"] for one in found] == ["req-2"]
+    assert (found[0]["distributor_id"], found[0]["campaign_id"], found[0]["pool"]) == (
+        "DIST-001",
+        "CAMP-001",
+        "CAMP-001",
+    )
+    code = found[0]["voucher_code"]
+    assert found == orjson.loads(ok("ledger", "find", "--code", code, "--json").stdout)
+    shown = ok("ledger", "find", "--code", code).stdout
+    assert code in shown
+    assert "AT-" not in shown
+    everything = ok("ledger", "find", "--distributor", "DIST-001").stdout
+    assert all(f"req-{number}" in everything for number in (1, 2, 3))
+    assert max(map(len, everything.splitlines())) <= 90
+    audited = ok("audit").stdout
+    assert "The books balance." in audited
+    assert max(map(len, audited.splitlines())) <= 90
+    as_json = orjson.loads(ok("audit", "--json").stdout)
+    assert as_json["balanced"] is True
+    assert as_json["partition"]["popped"] == 3
+    status = orjson.loads(ok("status", "--json").stdout)
+    assert status["partition"]["issuing"] is True
+    assert (status["pools"][0]["left"], status["pools"][0]["window"], status["pools"][0]["low_water"]) == (10, 37, 20)
+    # 37 codes in the window and 10 in the store, at 50 vouchers a second: less than a second
+    assert status["partition"]["outage_s"] == 0
+    assert "CAMP-001" in ok("status").stdout
+
+
+def test_what_is_not_in_the_ledger_is_not_found(store: OnStage) -> None:
+    result = run("ledger", "find", "--request-id", "none", "--json")
+    assert (result.exit_code, result.stdout) == (1, "[]\n")
+
+
+def test_campaign_comes_with_its_pool_in_one_publication(store: OnStage) -> None:
+    ok("campaign", "create", "CAMP-001", "--category", "PAY", "--product", "PAY", "--product", "PAY2")
+    found = store(snapshot)
+    assert (found.version, found.pools[0].id, found.campaigns[0].pool) == (1, "CAMP-001", "CAMP-001")
+    assert (found.campaigns[0].products, found.campaigns[0].until) == (("PAY", "PAY2"), 0)
+    assert store(fence) == (1, 1)
+
+    async def expiry(stage: Stage) -> int:
+        async with stage.database.read() as conn:
+            return int(await conn.scalar(select(schema.pools.c.default_expires_at)) or 0)
+
+    days = (store(expiry) - time.time()) / 86_400
+    assert 364 < days < 367
+    assert store(expiry) % 86_400 == 86_399
+    refused("campaign", "create", "CAMP-001", "--category", "PAY", "--product", "PAY", says="--pool CAMP-001")
+    refused(
+        "campaign", "create", "CAMP-001", "--category", "PAY", "--product", "PAY", "--pool", "CAMP-001",
+        says="campaign CAMP-001 exists already",
+    )  # fmt: skip
+    assert store(fence) == (1, 1)
+
+
+def test_campaign_takes_all_its_options(store: OnStage) -> None:
+    ok("pool", "create", "SHARED", "--expires", "2031-12-31", "--least-life", "7d")
+    ok(
+        "campaign", "create", "C", "--category", "CAT", "--product", "P", "--pool", "SHARED", "--priority", "7",
+        "--from", "2030-07-01", "--until", "2030-07-31", "--time-zone", "Europe/Berlin",
+        "--cap", "total=5000", "--cap", "distributor:day=100", "--cap", "terminal:hour=1",
+    )  # fmt: skip
+    ok("distributor", "create", "D")
+    ok("campaign", "assign", "C", "D", "--cap", "day=10", "--terminal-cap", "total=1")
+    found = store(snapshot)
+    assert (found.pools[0].id, found.pools[0].least_life_s) == ("SHARED", 7 * 86_400)
+    campaign = found.campaigns[0]
+    assert (campaign.priority, campaign.time_zone) == (7, "Europe/Berlin")
+    assert campaign.starts_at == 1_909_087_200  # 2030-06-30T22:00:00Z: midnight in Berlin
+    assert campaign.until - campaign.starts_at == 31 * 86_400
+    assert set(campaign.caps) == {
+        Cap("campaign", "total", 5_000), Cap("distributor", "day", 100), Cap("terminal", "hour", 1),
+    }  # fmt: skip
+    assert set(campaign.assigned["D"]) == {Cap("distributor", "day", 10), Cap("terminal", "total", 1)}
+    ok("campaign", "assign", "C", "D")
+    assert store(snapshot).campaigns[0].assigned == {"D": ()}
+
+
+def test_pause_and_resume_are_in_force_when_they_return(store: OnStage, tmp_path: Path) -> None:
+    _stocked(tmp_path)
+    for command, paused in (("pause", True), ("resume", False)):
+        ok("campaign", command, "CAMP-001")
+        assert store(snapshot).campaigns[0].paused is paused
+        in_force, stored = store(fence)
+        assert in_force == stored
+
+
+def test_token_is_shown_once_and_kept_as_its_digest(store: OnStage) -> None:
+    ok("distributor", "create", "DIST-001")
+    issued = orjson.loads(ok("token", "issue", "DIST-001", "--json").stdout)
+    token = issued["token"]
+    assert issued["distributor_id"] == "DIST-001"
+    assert well_formed(token)
+    assert store(snapshot).tokens == {digest(token): "DIST-001"}
+
+    plain = ok("token", "issue", "DIST-001")
+    second = plain.stdout.strip()
+    assert well_formed(second)
+    assert "shown once" in plain.stderr
+    assert len(store(snapshot).tokens) == 2
+
+    third = orjson.loads(ok("token", "rotate", "DIST-001", "--json").stdout)
+    assert third["revoked"] == 2
+    assert store(snapshot).tokens == {digest(third["token"]): "DIST-001"}
+
+    assert "1 token revoked" in ok("token", "revoke", "--token", "-", typed=third["token"] + "\n").stdout
+    assert store(snapshot).tokens == {}
+    assert "revoked already" in ok("token", "revoke", "--token", third["token"]).stdout
+    ok("token", "issue", "DIST-001")
+    assert "1 token revoked" in ok("token", "revoke", "--distributor", "DIST-001").stdout
+    assert store(snapshot).tokens == {}
+
+    async def logged(stage: Stage) -> list[Any]:
+        async with stage.database.read() as conn:
+            return list(await conn.execute(select(schema.audit_log)))
+
+    log = store(logged)
+    assert [row.action for row in log] == [
+        "distributor create", "token issue", "token issue", "token rotate", "token revoke", "token revoke",
+        "token issue", "token revoke",
+    ]  # fmt: skip
+    assert all(row.actor for row in log)
+    assert "vch_" not in repr(log)
+
+
+def test_import_reports_and_is_recognised(store: OnStage, tmp_path: Path) -> None:
+    ok("pool", "create", "P")
+    file, rejects = tmp_path / "codes.csv", tmp_path / "rejects.csv"
+    file.write_text(
+        "code,expires_at\nSECRET-1,2030-01-01\nSECRET-2,\nSECRET-3,someday\n" + "SECRET 4,2030-01-01\n" * 30
+    )
+    result = ok("codes", "import", "P", str(file), "--rejects", str(rejects))
+    assert "no expiry" in result.stdout
+    assert "12 more lines" in result.stdout
+    assert "SECRET" not in result.output
+    lines = rejects.read_text().splitlines()
+    assert lines[0] == "line,reason"
+    assert len(lines) == 33
+    assert "imported into pool P before" in ok("codes", "import", "P", str(file)).stdout
+    again = run("codes", "import", "P", str(file), "--id", "again", "--json")
+    assert again.exit_code == 1  # nothing of it could be imported
+    assert orjson.loads(again.stdout)["refused"] == 33
+    file.write_text("no header\n")
+    refused("codes", "import", "P", str(file), says="has to name its columns")
+    refused("codes", "import", "NONE", str(rejects), says="has to name its columns")
+    refused("codes", "import", "P", str(tmp_path / "missing.csv"), says="there is no file")
+    file.write_text("code\nA\n")
+    refused("codes", "import", "NONE", str(file), says="there is no pool NONE")
+
+
+def test_audit_says_what_is_off(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "LOOKS_MAX", 3)
+    _stocked(tmp_path)
+
+    async def damage(stage: Stage) -> None:
+        await _three_issued(stage)
+        await stage.scripts.redis.lpop(keys.window(0, 1, "CAMP-001"))
+
+    store(damage)
+    result = run("audit")
+    assert result.exit_code == 1
+    assert "The books balance" not in result.stdout
+    assert "lot 1 seq 3" in " ".join(result.stdout.split())
+    assert result.stderr.startswith("voucherd: the books do not balance: ")
+    assert max(map(len, result.stdout.splitlines())) <= 90
+    as_json = run("audit", "--json")
+    assert as_json.exit_code == 1
+    report = orjson.loads(as_json.stdout)
+    assert report["balanced"] is False
+    assert {one["promise"] for one in report["findings"]} == {"P5"}
+
+
+def test_quarantine_is_named_and_no_finding(store: OnStage, tmp_path: Path) -> None:
+    _stocked(tmp_path)
+
+    async def lose(stage: Stage) -> None:
+        await _three_issued(stage)
+        await stage.issue("unflushed")
+        await stage.scripts.redis.flushall()
+        await stage.open()
+
+    store(lose)
+    report = orjson.loads(ok("audit", "--quarantine", "--json").stdout)
+    assert [one["codes"] for one in report["quarantine"]] == [37]
+    assert len(report["quarantined_codes"]) == 37
+    assert {"lot", "seq", "serial", "pool", "generation"} <= set(report["quarantined_codes"][0])
+    shown = ok("audit", "--quarantine").stdout
+    assert report["quarantined_codes"][-1]["serial"] in shown
+    assert orjson.loads(ok("status", "--json").stdout)["quarantined"] == 37
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["pool"],
+        ["pool", "create"],
+        ["pool", "create", "P", "--least-life", "a while"],
+        ["pool", "create", "P", "--expires", "31.12.2030"],
+        ["campaign", "create", "C"],
+        ["campaign", "create", "C", "--category", "C", "--product", "P", "--cap", "week=1"],
+        ["campaign", "create", "C", "--category", "C", "--product", "P", "--cap", "day=-1"],
+        ["campaign", "create", "C", "--category", "C", "--product", "P", "--time-zone", "Berlin"],
+        ["campaign", "create", "C", "--category", "C", "--product", "P", "--time-zone", "../etc"],
+        ["campaign", "create", "C", "--category", "C", "--product", "P", "--from", "soon"],
+        ["token", "revoke"],
+        ["token", "revoke", "--token", "vch_x"],
+        ["token", "revoke", "--token", "vch_x", "--distributor", "D"],
+    ],
+)
+def test_mistyped_command_ends_with_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_faults_are_one_line(store: OnStage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refused("campaign", "pause", "NONE", says="there is no campaign NONE")
+    refused("campaign", "assign", "NONE", "D", says="there is no campaign NONE")
+    refused("token", "issue", "NONE", says="there is no distributor NONE")
+    refused("token", "rotate", "NONE", says="there is no distributor NONE")
+    refused("distributor", "create", "no good", says="can't name a distributor")
+    refused("pool", "create", "P", "--expires", "2020-01-01", says="in the future")
+    ok("pool", "create", "P")
+    refused("pool", "create", "P", says="exists already")
+    refused("audit", "--data-dir", str(tmp_path), says="start `voucherd up")
+    monkeypatch.setenv("VOUCHERD_PORT", "many")
+    refused("status", says="VOUCHERD_PORT")
+    monkeypatch.delenv("VOUCHERD_PORT")
+    monkeypatch.setenv("VOUCHERD_STORE_URL", "mysql://x")
+    refused("status", says="store's URL")
+    monkeypatch.setenv("VOUCHERD_STORE_URL", sqlite_url(tmp_path / "nothing.db"))
+    refused("audit", says="run `voucherd migrate`")
+    assert not (tmp_path / "nothing.db").exists()
+    monkeypatch.setenv("VOUCHERD_STORE_URL", f"postgresql+asyncpg://me:secret@127.0.0.1:{free_port()}/x")
+    refused("audit", says="see that the store runs")
+
+
+def test_migrate_makes_a_store(store: OnStage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VOUCHERD_STORE_URL", sqlite_url(tmp_path / "new" / "voucherd.db"))
+    for _ in range(2):
+        ok("migrate")
+    assert "there is no campaign C" in run("campaign", "pause", "C").stderr
+
+
+def test_change_without_redis_is_stored_and_said_not_to_be_in_force(
+    store: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "UNREACHED_S", 0.2)
+    monkeypatch.setenv("VOUCHERD_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+    result = run("distributor", "create", "DIST-001")
+    assert result.exit_code == 1
+    assert "NOT YET IN FORCE" in result.stderr
+    token = run("token", "issue", "DIST-001", "--json")
+    assert token.exit_code == 1
+    assert well_formed(orjson.loads(token.stdout)["token"])  # stored, so it must not be lost
+    assert store(snapshot).distributors == {"DIST-001": True}
+    assert store(fence) == (0, 2)
+    refused("audit", says="see that Redis runs")
+    status = run("status")
+    assert status.exit_code == 1
+    assert "Redis did not answer" in status.stderr
+
+
+def test_status_without_the_store_says_how_long_it_lasts(
+    store: OnStage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _stocked(tmp_path)
+    store(_three_issued)
+    monkeypatch.setenv("VOUCHERD_STORE_URL", f"postgresql+asyncpg://me@127.0.0.1:{free_port()}/x")
+    monkeypatch.setenv("VOUCHERD_PLANNED_RATE", "5")
+    result = run("status", "--json")
+    assert result.exit_code == 1
+    found = orjson.loads(result.stdout)
+    assert found["catalogue"] is None
+    assert found["partition"]["outage_s"] == 7
+    assert found["pools"][0]["window"] == 37
+    assert "the store did not answer" in found["wrong"][0]
+
+
+def test_second_worker_on_one_sqlite_file_is_refused(tmp_path: Path) -> None:
+    store = tmp_path / "voucherd.db"
+    with only_worker(store), pytest.raises(Misconfigured, match=f"pid {os.getpid()}"), only_worker(store):
+        pass
+    with only_worker(store):  # a file left behind means nothing
+        pass
+
+
+def test_commands_of_a_data_dir_use_its_servers(
+    new_valkey: Callable[[], RedisServer], migrated_sqlite_url: str, tmp_path: Path
+) -> None:
+    """Through a process of its own, as a terminal does it: whatever the environment says, --data-dir wins."""
+    server = new_valkey()
+    server.start()
+    data_dir = tmp_path / "var"
+    data_dir.mkdir()
+    urls = {"redis_url": server.url, "store_url": migrated_sqlite_url}
+    (data_dir / "connection.json").write_bytes(orjson.dumps(urls))
+    environment = {**os.environ, "VOUCHERD_REDIS_URL": "redis://127.0.0.1:1/0"}
+    command = [sys.executable, "-m", "service.cli.main", "status", "--json", "--data-dir", str(data_dir)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert orjson.loads(done.stdout)["wrong"] == [
+        "no generation is open in Redis, nothing can be issued: see that `voucherd work` runs"
+    ]
