@@ -358,10 +358,10 @@ class Scripts:
         a record the request it answers, so that no answer can reach anyone else (reliability.md 15)."""
         if isinstance(raw, list) and len(raw) >= 4 and raw[1] == nonce:
             status: Literal["OK", "STALE", "LOST", "CLOCK"] = raw[0]
-            answers = [Answer(*pair) for pair in zip(raw[4::2], raw[5::2], strict=True)] if status == "OK" else []
+            answers = [Answer(*pair) for pair in zip(raw[4::2], raw[5::2], strict=False)] if status == "OK" else []
             fence = int(raw[4]) if status == "STALE" else 0
             if status != "OK" or (
-                len(answers) == len(requests)
+                len(raw) == 4 + 2 * len(requests)
                 and all(
                     _belongs(answer.detail, request)
                     for answer, request in zip(answers, requests, strict=True)

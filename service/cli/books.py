@@ -95,7 +95,7 @@ def _show_audit(report: Report, named: list[QuarantinedCode]) -> None:
     if named:
         print_table(
             ["pool", "generation", "lot", "seq", "serial number"],
-            [(one.pool, one.generation, one.lot, str(one.seq), one.serial) for one in named],
+            [(one.pool, one.generation, one.lot, str(one.seq), one.serial_number) for one in named],
             numbers=["generation", "lot", "seq"],
         )
     if not report.findings:

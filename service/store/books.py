@@ -101,7 +101,7 @@ class QuarantinedCode(msgspec.Struct, frozen=True):
     generation: int
     lot: int
     seq: int
-    serial: str
+    serial_number: str
 
 
 async def quarantine(conn: AsyncConnection) -> list[Quarantined]:

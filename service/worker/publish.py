@@ -78,16 +78,27 @@ async def change(
     while unreached and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
         unreached = await announce(scripts, version, blob)
+    if not unreached and (fence := await _fence(scripts)) > version:
+        # Another change may have been published since; but if not, Redis was away when it was asked at the beginning.
+        async with database.read() as conn:
+            known = await control.version(conn)
+        if known < fence:
+            unreached = [
+                f"{keys.tag(scripts.partition)}: the store is older than Redis, where catalogue {fence} is in force"
+            ]
     return Published(result, version, unreached)
 
 
 async def announce(scripts: Scripts, version: int, blob: bytes) -> list[str]:
     """Puts a stored version in force; returns the partitions where that failed."""
     try:
-        await _preload(scripts, version, blob)
-        if await scripts.publish(version) == "OK":
-            return []
-        reason = "it is being recovered"
+        if await _is_another(scripts, version, blob):
+            reason = f"the store is older than Redis, which has another catalogue {version}"
+        else:
+            await _preload(scripts, version, blob)
+            if await scripts.publish(version) == "OK":
+                return []
+            reason = "it is being recovered"
     except (RedisError, RedisUnreachable, ScriptFailed, OSError) as error:
         reason = type(error).__name__
     log.warning("partition not reached", partition=scripts.partition, version=version, reason=reason)
@@ -111,6 +122,13 @@ async def _fence(scripts: Scripts) -> int:
         return (await scripts.generation()).fence
     except RedisUnreachable:
         return -1
+
+
+async def _is_another(scripts: Scripts, version: int, blob: bytes) -> bool:
+    """Whether Redis has a snapshot of this version that is not this one: the store came back older, was edited while
+    Redis was away, and so made the version a second time.  Processes that have the first would never load it."""
+    text = await scripts.redis.get(keys.catalogue(version))
+    return text is not None and text.encode("utf-8", "surrogateescape") != blob
 
 
 async def _preload(scripts: Scripts, version: int, blob: bytes) -> None:

@@ -117,7 +117,7 @@ async def test_no_code_of_a_closed_generation_is_out_of_sight(shop: Database) ->
     async with shop.read() as conn:
         assert await books.quarantine(conn) == [Quarantined("POOL-1", 0, first, len(missing), NOW)]
         named = await books.quarantined_codes(conn, 100)
-        assert [(one.lot, one.seq, one.serial) for one in named] == [(c.lot, c.seq, c.serial) for c in missing]
+        assert [(one.lot, one.seq, one.serial_number) for one in named] == [(c.lot, c.seq, c.serial) for c in missing]
         assert await books.quarantined_codes(conn, 3) == named[:3]
 
     # What was still on its way arrives late and leaves quarantine; an incident's code was never to be found there.
