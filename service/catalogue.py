@@ -16,6 +16,7 @@ import msgspec
 
 from service.domain import Considered, Rule, Stop, Unavailable
 from service.scripts import Candidate, CountedCap, Counter, Plan
+from service.tokens import digest
 
 CapHolder = Literal["campaign", "distributor", "terminal"]
 Period = Literal["total", "day", "hour"]
@@ -158,7 +159,7 @@ _CODES: Final[dict[Stop, str]] = {
 
 
 class Catalogue:
-    """One published version, indexed.  Immutable but for its memo of routes."""
+    """One published version, indexed.  Immutable but for its memos of routes and of tokens that were shown."""
 
     def __init__(
         self,
@@ -176,11 +177,15 @@ class Catalogue:
             product: sorted(campaigns, key=lambda c: (c.priority, c.until or _NEVER, c.id))
             for product, campaigns in by_product.items()
         }
+        self._owners: dict[str, str] = {}
         self._routes: dict[tuple[str, tuple[str, ...]], Route] = {}
 
-    def distributor(self, token_sha256: str) -> str | None:
+    def distributor(self, token: str) -> str | None:
         """Whose token it is, None if nobody's at this version."""
-        return self._tokens.get(token_sha256)
+        distributor = self._owners.get(token)
+        if distributor is None and (distributor := self._tokens.get(digest(token))) is not None:
+            self._owners[token] = distributor  # known tokens only, so it never outgrows the credentials
+        return distributor
 
     def active(self, distributor: str) -> bool:
         """Whether the distributor exists and is not suspended at this version."""

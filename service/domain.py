@@ -162,10 +162,14 @@ class Busy(msgspec.Struct, frozen=True):
     code: Literal["overloaded", "store_unreachable", "refilling", "draining"]
 
 
+class RateLimited(msgspec.Struct, frozen=True):
+    """The distributor asks more often than it may.  Nothing was issued."""
+
+
 class Authenticated(msgspec.Struct, frozen=True):
     """The token belongs to this active distributor, by a catalogue that is in force."""
 
     distributor: str
 
 
-Outcome = Issued | KeyReused | Unavailable | Unauthorized | Suspended | Busy
+Outcome = Issued | KeyReused | Unavailable | Unauthorized | Suspended | RateLimited | Busy

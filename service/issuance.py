@@ -14,7 +14,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
 from typing import Final
 
 import msgspec
@@ -28,6 +27,7 @@ from service.domain import (
     Issued,
     KeyReused,
     Outcome,
+    RateLimited,
     Record,
     Request,
     Suspended,
@@ -80,6 +80,7 @@ class Issuer:
         retention_s: int,
         queue_max: int,
         deadline_s: float,
+        distributor_rate_max: int = 0,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -90,6 +91,7 @@ class Issuer:
         self._retention_s = retention_s
         self._queue_max = queue_max
         self._deadline_s = deadline_s
+        self._rates = _Rates(distributor_rate_max)
         self._clock = clock
         self._unix_clock = unix_clock
 
@@ -186,7 +188,7 @@ class Issuer:
         overdue = self._clock()
         for waiting in batch:
             if waiting.deadline < overdue:
-                self._answer(waiting, OVERLOADED)
+                self._answer(waiting, REFILLING if waiting.refill_pause_s > REFILL_RETRY_S_MIN else OVERLOADED)
         batch = [waiting for waiting in batch if not waiting.answer.done()]
         for _ in range(ATTEMPTS_MAX):
             if not batch:
@@ -224,7 +226,7 @@ class Issuer:
         routed: list[tuple[_Waiting, Route]] = []
         refused: list[tuple[_Waiting, Outcome | Authenticated]] = []
         for waiting in batch:
-            request, distributor = waiting.request, catalogue.distributor(waiting.token_sha256)
+            request, distributor = waiting.request, catalogue.distributor(waiting.token)
             if distributor is None:
                 refused.append((waiting, TOKEN_UNKNOWN))
             elif request is not None and request.distributor != distributor:
@@ -233,7 +235,10 @@ class Issuer:
                 refused.append((waiting, SUSPENDED))
             elif request is None:
                 refused.append((waiting, Authenticated(distributor)))
+            elif not waiting.admitted and not self._rates.admit(distributor, self._clock()):
+                refused.append((waiting, RATE_LIMITED))
             else:
+                waiting.admitted = True  # asked again after a refill or a newer catalogue it is not counted again
                 routed.append((waiting, catalogue.route(distributor, request.products)))
         return routed, refused
 
@@ -403,12 +408,9 @@ class _Waiting(msgspec.Struct, eq=False):
     request: Request | None
     answer: asyncio.Future[Outcome | Authenticated]
     deadline: float
+    admitted: bool = False
     looked_up: bool = False
     refill_pause_s: float = REFILL_RETRY_S_MIN
-
-    @property
-    def token_sha256(self) -> str:
-        return sha256(self.token.encode()).hexdigest()
 
     @property
     def vouchers(self) -> int:
@@ -420,6 +422,22 @@ class _Waiting(msgspec.Struct, eq=False):
         return self.request
 
 
+class _Rates:
+    """How many requests each distributor may still make: refilled by the second, at most one second's worth saved."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second = per_second
+        self._left: dict[str, tuple[float, float]] = {}  # by distributor: requests left, as of when
+
+    def admit(self, distributor: str, now: float) -> bool:
+        if not self._per_second:
+            return True
+        left, at = self._left.get(distributor, (float(self._per_second), now))
+        left = min(float(self._per_second), left + (now - at) * self._per_second)
+        self._left[distributor] = (left - 1 if left >= 1 else left, now)
+        return left >= 1
+
+
 OVERLOADED: Final = Busy("overloaded")
 UNREACHABLE: Final = Busy("store_unreachable")
 REFILLING: Final = Busy("refilling")
@@ -427,6 +445,7 @@ DRAINING: Final = Busy("draining")
 TOKEN_UNKNOWN: Final = Unauthorized("token_unknown")
 DISTRIBUTOR_MISMATCH: Final = Unauthorized("distributor_mismatch")
 SUSPENDED: Final = Suspended()
+RATE_LIMITED: Final = RateLimited()
 KEY_REUSED: Final = KeyReused()
 
 

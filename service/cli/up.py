@@ -30,7 +30,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from service import scripts
+from service import metrics, scripts
 from service.cli import demo
 from service.cli.child import Child, end_orphan
 from service.cli.embedded import Embedded, free_port, try_port, write_private
@@ -80,6 +80,7 @@ class Up:
     def __init__(self, data_dir: Path, settings: Settings) -> None:
         self._given = data_dir  # as the operator wrote it, for what is printed
         self._data_dir = data_dir.absolute()
+        self._metrics = self._data_dir / "metrics"
         self._settings = settings
         self._console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._valkey = Embedded(self._data_dir)
@@ -130,6 +131,8 @@ class Up:
         if self._settings.port == self._settings.ops_port:
             raise Misconfigured("--port and --ops-port are the same: they have to differ")
         (self._data_dir / "demo.json").unlink(missing_ok=True)  # names the ports of an earlier start
+        shutil.rmtree(self._metrics, ignore_errors=True)  # of processes that are gone
+        self._metrics.mkdir(mode=0o700)
         await self._valkey.prepare()
         await self._valkey.start()
         keepers.create_task(self._keep(self._valkey.child, self._valkey.start))
@@ -163,14 +166,22 @@ class Up:
         return [sys.executable, "-P", "-m", "service.cli.main", name, "--data-dir", str(self._data_dir), *arguments]
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, f"{PREFIX}PLANNED_RATE": str(self._settings.planned_rate)}
+        # One directory for both, so that the ops port shows the worker's metrics beside the serving processes'.
+        return {
+            **os.environ,
+            f"{PREFIX}PLANNED_RATE": str(self._settings.planned_rate),
+            metrics.DIRECTORY_VARIABLE: str(self._metrics),
+        }
 
     async def _keep(self, child: Child, start: Callable[[], Awaitable[None]]) -> None:
         """``child`` runs; whenever it ends it is started again."""
         backoff_s = BACKOFF_LEAST_S
         while True:
             began = time.monotonic()
+            pid = child.pid
             how = await child.ended()
+            if pid is not None:
+                metrics.forget(self._metrics, pid)
             if time.monotonic() - began > STEADY_S:
                 backoff_s = BACKOFF_LEAST_S
             if self._starting:

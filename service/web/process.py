@@ -65,6 +65,7 @@ async def build_issuer(settings: Settings) -> AsyncIterator[Issuing]:
             retention_s=settings.replay_retention_s,
             queue_max=settings.queue_max,
             deadline_s=settings.deadline_ms / 1000,
+            distributor_rate_max=settings.distributor_rate_max,
         )
         preloading = asyncio.create_task(preload.run())
         try:

@@ -26,6 +26,7 @@ from service.domain import (
     Issued,
     KeyReused,
     Outcome,
+    RateLimited,
     Request,
     Suspended,
     Unauthorized,
@@ -135,7 +136,7 @@ class VoucherRequests:
                 return problem("key_mismatch", request_id=request_id)
 
 
-def _refused(outcome: KeyReused | Unavailable | Unauthorized | Suspended | Busy | Issued, request: Request) -> Answer:
+def _refused(outcome: Outcome, request: Request) -> Answer:
     match outcome:
         case Unavailable(code, considered):
             return unavailable(code, request.products, considered, request.key)
@@ -145,6 +146,8 @@ def _refused(outcome: KeyReused | Unavailable | Unauthorized | Suspended | Busy 
             return problem("key_reused", request_id=request.key)
         case Suspended():
             return problem("distributor_suspended", request_id=request.key)
+        case RateLimited():
+            return problem("rate_limited", request_id=request.key)
         case Issued():
             return rendered(outcome)
 

@@ -84,7 +84,8 @@ class Recover:
         """
         seen = await self._scripts.generation()
         if seen.agrees:
-            await self._note_open(seen)
+            if not await self._is_open(seen):
+                return await self._roll(await self._disown())
             restored = await self._restore_records(seen) if seen.restoring else 0
             return Recovered(restored=restored)
         if seen.server_role != "master":
@@ -124,13 +125,26 @@ class Recover:
             and seen.server_replid2 == NO_SECOND_REPLID
         )
 
-    async def _note_open(self, seen: Generation) -> None:
-        """A roll that died between Redis and the store is finished here."""
+    async def _is_open(self, seen: Generation) -> bool:
+        """False if the store has closed what Redis has open: a server from before a failover is back.
+
+        A roll that died between Redis and the store is finished here.
+        """
         async with self._database.read() as conn:
             state = await generations.state(conn, self._partition, seen.open)
         if state == "building":
             async with self._database.write() as conn:
                 await generations.open_(conn, self._partition, seen.open, self._now())
+        return state != "closed"
+
+    async def _disown(self) -> Generation:
+        """Afterwards no script accepts what this server has open: nothing may be issued from it while it is left."""
+        try:
+            await self._scripts.redis.hdel(keys.generation(self._partition), "replid")
+        except RedisError as error:
+            raise RedisUnreachable from error
+        log.warning("a generation that was left is open again", partition=self._partition)
+        return await self._scripts.generation()
 
     async def _roll(self, seen: Generation) -> Recovered:
         """Leaves the generation that was ``seen`` (if any) for a new one, beside it, and opens that."""

@@ -43,7 +43,7 @@ class Service:
         self.store_url = store_url
         self.port, self.ops_port = free_port(), free_port()
         self.environment = environment(
-            VOUCHERD_REDIS_URL=valkey.url, VOUCHERD_STORE_URL=store_url, VOUCHERD_PORT=str(self.port),
+            checkout=True, VOUCHERD_REDIS_URL=valkey.url, VOUCHERD_STORE_URL=store_url, VOUCHERD_PORT=str(self.port),
             VOUCHERD_OPS_PORT=str(self.ops_port), VOUCHERD_WORKERS="2", VOUCHERD_PLANNED_RATE="5",
             VOUCHERD_STORE_OUTAGE_S="10", **settings,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,10 +34,10 @@ NAMES = ("valkey", "serve", "work")
 T = TypeVar("T")
 
 
-def environment(**settings: str) -> dict[str, str]:
-    """The environment that a newcomer would have: no settings but ``settings``."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOUCHERD_")}
-    return {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "60", **settings}
+def environment(*, checkout: bool = False, **settings: str) -> dict[str, str]:
+    """The environment that a newcomer would have: no settings but ``settings``; ``checkout``: imports come from there."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VOUCHERD_", "PYTHONPATH"))}
+    return {**inherited, **({"PYTHONPATH": str(ROOT)} if checkout else {}), "COLUMNS": "60", **settings}
 
 
 def voucherd(*arguments: str) -> list[str]:
@@ -56,16 +56,24 @@ def until(look: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_
 class Running:
     """One ``voucherd up`` and all its processes."""
 
-    def __init__(self, data_dir: Path, *options: str, **settings: str) -> None:
+    def __init__(
+        self, data_dir: Path, *options: str, program: Sequence[str] = (), checkout: bool = True, **settings: str
+    ) -> None:
         self.data_dir = data_dir
         self.was_ready = False
         with tempfile.NamedTemporaryFile(prefix="voucherd-up-", delete=False) as output:
             self.output = Path(output.name)
             self.process = subprocess.Popen(
-                voucherd("up", "--data-dir", str(data_dir), *(options or ("--port", "0", "--ops-port", "0"))),
+                [
+                    *(program or voucherd()),
+                    "up",
+                    "--data-dir",
+                    str(data_dir),
+                    *(options or ("--port", "0", "--ops-port", "0")),
+                ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(**settings),
+                env=environment(checkout=checkout, **settings),
                 start_new_session=True,
             )
 
@@ -120,7 +128,7 @@ class Running:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             voucherd(*arguments, "--data-dir", str(self.data_dir)),
-            env=environment(), capture_output=True, text=True, timeout=DEADLINE_S,
+            env=environment(checkout=True), capture_output=True, text=True, timeout=DEADLINE_S,
         )  # fmt: skip
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:

@@ -61,6 +61,7 @@ class TestScriptsInMemory(ScriptCases):
         lambda raw: ["OK", 5],
         lambda raw: "OK",
         lambda raw: [raw[0], "another call's nonce", *raw[2:]],
+        lambda raw: raw[:-1],
         lambda raw: raw[:-2],
         lambda raw: [*raw, "ISSUED", raw[5]],
         lambda raw: [*raw[:5], raw[5].replace("req-1", "req-2")],

@@ -1,0 +1,85 @@
+"""README and docs say what the code does: their tables are compared with it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.main import get_command
+
+from service import metrics, settings
+from service.cli.main import app
+from service.web.problems import PROBLEMS
+
+ROOT = Path(__file__).parents[2]
+README_LINES_MAX = 200
+
+
+def rows(text: str, first_column: str) -> list[list[str]]:
+    """The cells of the table whose first column is headed so, as plain text."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(f"| {first_column} |"):
+            next(lines)
+            break
+    else:
+        pytest.fail(f"no table begins with {first_column!r}")
+    found = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        found.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_the_readme_lists_every_setting_with_its_default_and_meaning() -> None:
+    tree = ast.parse(inspect.getsource(settings.Settings))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    meant = {
+        field.target.id: said.value.value
+        for field, said in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(said, ast.Expr)
+    }
+    defaults = {field.name: str(field.default) for field in msgspec.structs.fields(settings.Settings)}
+    listed = rows((ROOT / "README.md").read_text(), "variable")
+    assert listed == [[f"VOUCHERD_{name.upper()}", defaults[name], meant[name].replace("`", "")] for name in defaults]
+
+
+def test_the_readme_keeps_to_its_length() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES_MAX
+
+
+def test_the_readme_names_no_command_option_or_make_target_that_does_not_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make (\w+)`", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    root = get_command(app)
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            words = re.findall(r"^(?:\.venv/bin/)?voucherd ([^#|]*)", line)
+            if not words:
+                continue
+            command = root
+            for word in words[0].split():
+                if hasattr(command, "commands") and word in command.commands:
+                    command = command.commands[word]
+                elif word.startswith("--"):
+                    assert any(word in option.opts for option in command.params), f"{line}: {word}"
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    listed = rows((ROOT / "docs" / "metrics.md").read_text(), "metric")
+    assert sorted(listed) == sorted([name, kind, help_] for name, kind, help_ in metrics.declared())
+
+
+def test_every_code_of_the_error_table_is_in_the_integration_guide_of_the_readme_or_the_contract() -> None:
+    documented = rows((ROOT / "docs" / "errors.md").read_text(), "code")
+    assert sorted((code, status) for code, status, *_ in documented) == sorted(
+        (code, str(problem.status)) for code, problem in PROBLEMS.items()
+    )

@@ -1,0 +1,297 @@
+"""The hot path against scripted replies: what it answers, what it never does, and that every wait has an end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from service.catalogue import Campaign, Catalogue, Pool
+from service.domain import (
+    Authenticated,
+    Busy,
+    Code,
+    Issued,
+    KeyReused,
+    RateLimited,
+    Record,
+    Request,
+    Rule,
+    Suspended,
+    Unauthorized,
+    Unavailable,
+)
+from service.errors import RedisFull, RedisUnreachable, ReplyMismatch, StoreUnreachable
+from service.issuance import BATCH_VOUCHERS_MAX, BREAKER_FAILURES, Issuer
+from service.scripts import Answer, Reply
+from service.tokens import digest, new_token
+
+TOKEN = new_token()
+NOW = 1_800_000_000
+
+
+def catalogue(version: int = 1, *, token: str | None = TOKEN, active: bool = True, assigned: bool = True) -> Catalogue:
+    campaign = Campaign(
+        "C", "CAT", ("PAY",), "P", 1, 0, 0, False, "UTC", (), {"D": ()} if assigned else {},
+    )  # fmt: skip
+    tokens = {digest(token): "D"} if token else {}
+    return Catalogue(version, tokens, {"D": active}, {"P": Pool("P", 0)}, {"PAY": [campaign]})
+
+
+def request(key: str = "k", terminal: str = "T", distributor: str = "D") -> Request:
+    return Request("v1", distributor, key, distributor, terminal, ("PAY",), f"{terminal}\tPAY")
+
+
+def record(asked: Request) -> Record:
+    rule = Rule("C", "P", "CAT", "PAY", 0)
+    code = Code(NOW + 100, 1, 1, f"CODE-{asked.key}", "S-1")
+    return Record(asked.payload, "v1", asked.distributor, asked.client, asked.key, NOW, rule, (code,))
+
+
+class Script:
+    """Stands in for the scripts: says what it is told to say, one entry a call, the last one for ever."""
+
+    def __init__(self, *says: str | Exception) -> None:
+        self.says = list(says)
+        self.batches: list[list[Request]] = []
+        self.versions: list[int] = []
+        self.looked_up: list[bool] = []
+        self.hold: asyncio.Event | None = None
+
+    async def issue(self, batch: Sequence[Any], *, generation: int, version: int, **_: object) -> Reply:
+        self.batches.append([one.request for one in batch])
+        self.looked_up += [one.looked_up for one in batch]
+        return await self._say([one.request for one in batch], generation, version)
+
+    async def replay(self, requests: Sequence[Request], *, generation: int, version: int) -> Reply:
+        return await self._say(list(requests), generation, version, replay=True)
+
+    async def _say(self, asked: list[Request], generation: int, version: int, replay: bool = False) -> Reply:
+        if self.hold is not None:
+            await self.hold.wait()
+        self.versions.append(version)
+        said = self.says.pop(0) if len(self.says) > 1 else self.says[0]
+        if isinstance(said, Exception):
+            raise said
+        if said in ("STALE", "CLOCK"):
+            return Reply(said, 1, NOW, version + 1, [])  # type: ignore[arg-type]
+        if said.startswith("LOST"):
+            return Reply("LOST", int(said.removeprefix("LOST") or 0), NOW, 0, [])
+        details = {"ISSUED": None, "REPLAY": None, "REFILL": "1", "NONE": "exhausted"}
+        answers = [
+            Answer(said, details.get(said, "") or (record(one).pack() if said in ("ISSUED", "REPLAY") else ""))
+            for one in asked
+        ]
+        return Reply("OK", 1, NOW, 0, answers, ("P",))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def issuer(script: Script, *, load: Callable[[int], Catalogue] | None = None, known: Sequence[Request] | Exception = (),
+           **changes: Any) -> Issuer:  # fmt: skip
+    async def load_catalogue(version: int) -> Catalogue:
+        return load(version) if load else catalogue(max(1, version))
+
+    async def lookup(asked: Sequence[Request]) -> dict[Request, Record]:
+        if isinstance(known, Exception):
+            raise known
+        return {one: record(one) for one in asked if one in known}
+
+    options: dict[str, Any] = {"outbox_max": 1_000, "retention_s": 60, "queue_max": 2_048, "deadline_s": 2.0}
+    made = Issuer(script, load_catalogue, lookup, **{**options, **changes})  # type: ignore[arg-type]
+    made.start()
+    return made
+
+
+async def test_a_request_is_answered_by_its_own_record_and_a_replay_says_so() -> None:
+    service = issuer(Script("ISSUED", "REPLAY"))
+    assert await service.issue(TOKEN, request()) == Issued(record(request()).pack(), replayed=False)
+    assert await service.issue(TOKEN, request()) == Issued(record(request()).pack(), replayed=True)
+    await service.drain()
+
+
+async def test_while_a_call_is_on_the_wire_the_next_batch_gathers_and_none_passes_its_bound() -> None:
+    script = Script("ISSUED")
+    script.hold = asyncio.Event()
+    service = issuer(script)
+    answers = [asyncio.create_task(service.issue(TOKEN, request(f"k{i}"))) for i in range(600)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    script.hold.set()
+    assert {type(answer) for answer in await asyncio.gather(*answers)} == {Issued}
+    assert sum(map(len, script.batches)) == 600
+    assert max(map(len, script.batches)) <= BATCH_VOUCHERS_MAX
+    assert len(script.batches) <= 5
+    await service.drain()
+
+
+async def test_past_the_queue_bound_nothing_reaches_redis() -> None:
+    script = Script("ISSUED")
+    script.hold = asyncio.Event()
+    service = issuer(script, queue_max=10)
+    answers = [asyncio.create_task(service.issue(TOKEN, request(f"k{i}"))) for i in range(50)]
+    await asyncio.sleep(0.01)
+    script.hold.set()
+    outcomes = await asyncio.gather(*answers)
+    assert outcomes.count(Busy("overloaded")) >= 30
+    assert sum(map(len, script.batches)) == sum(isinstance(one, Issued) for one in outcomes) <= 20
+    await service.drain()
+
+
+@pytest.mark.parametrize(
+    ("now", "asked", "outcome"),
+    [
+        (catalogue(token=None), request(), Unauthorized("token_unknown")),
+        (catalogue(), request(distributor="E"), Unauthorized("distributor_mismatch")),
+        (catalogue(active=False), request(), Suspended()),
+    ],
+)
+async def test_a_refusal_waits_for_the_fence(now: Catalogue, asked: Request, outcome: object) -> None:
+    script = Script("OK")
+    service = issuer(script, load=lambda _: now)
+    assert await service.issue(TOKEN, asked) == outcome
+    assert script.versions == [1], "refused from memory alone"
+    await service.drain()
+
+
+async def test_a_stale_refusal_becomes_a_voucher_by_the_newer_catalogue() -> None:
+    script = Script("STALE", "ISSUED")
+    service = issuer(script, load=lambda version: catalogue(max(1, version), token=TOKEN if version > 1 else None))
+    assert isinstance(await service.issue(TOKEN, request()), Issued)
+    assert script.versions == [1, 2]
+    await service.drain()
+
+
+async def test_a_stale_success_is_never_given_to_a_revoked_token() -> None:
+    script = Script("STALE", "OK")
+    service = issuer(script, load=lambda version: catalogue(max(1, version), token=None if version > 1 else TOKEN))
+    assert await service.issue(TOKEN, request()) == Unauthorized("token_unknown")
+    await service.drain()
+
+
+async def test_a_catalogue_that_stays_stale_ends_in_503() -> None:
+    service = issuer(Script("STALE"))
+    assert await service.issue(TOKEN, request()) == Busy("store_unreachable")
+    await service.drain()
+
+
+async def test_the_open_generation_is_adopted_and_a_lost_one_is_503() -> None:
+    service = issuer(Script("LOST7", "ISSUED"))
+    assert isinstance(await service.issue(TOKEN, request()), Issued)
+    await service.drain()
+    service = issuer(Script("LOST7"))
+    assert await service.issue(TOKEN, request()) == Busy("store_unreachable")
+    await service.drain()
+
+
+async def test_a_late_refill_is_waited_for_and_then_503_refilling_never_409() -> None:
+    service = issuer(Script("REFILL", "REFILL", "ISSUED"))
+    assert isinstance(await service.issue(TOKEN, request()), Issued)
+    await service.drain()
+    service = issuer(Script("REFILL"), deadline_s=0.05)
+    assert await service.issue(TOKEN, request()) == Busy("refilling")
+    await service.drain()
+
+
+async def test_nothing_left_is_409_with_the_rule_that_stopped_each_campaign() -> None:
+    service = issuer(Script("NONE"))
+    outcome = await service.issue(TOKEN, request())
+    assert isinstance(outcome, Unavailable)
+    assert (outcome.code, outcome.considered[0].stopped_by) == ("exhausted", "exhausted")
+    await service.drain()
+
+
+async def test_a_distributor_without_campaign_still_gets_its_replay() -> None:
+    service = issuer(Script("REPLAY"), load=lambda _: catalogue(assigned=False))
+    assert isinstance(await service.issue(TOKEN, request()), Issued)
+    await service.drain()
+
+
+async def test_while_records_are_restored_the_ledger_is_asked_before_a_code_is_given() -> None:
+    script = Script("LOOKUP")
+    service = issuer(script, known=[request()])
+    assert await service.issue(TOKEN, request()) == Issued(record(request()).pack(), replayed=True)
+    await service.drain()
+    script = Script("LOOKUP", "ISSUED")
+    service = issuer(script)
+    assert isinstance(await service.issue(TOKEN, request()), Issued)
+    assert script.looked_up == [False, True]
+    await service.drain()
+    service = issuer(Script("LOOKUP"), known=StoreUnreachable())
+    assert await service.issue(TOKEN, request()) == Busy("store_unreachable")
+    await service.drain()
+
+
+@pytest.mark.parametrize(("says", "outcome"), [("REPLAY", Issued), ("REUSED", KeyReused), ("MISS", Busy)])
+async def test_a_full_redis_answers_replays_and_issues_nothing(says: str, outcome: type) -> None:
+    service = issuer(Script(RedisFull(), says))
+    assert isinstance(await service.issue(TOKEN, request()), outcome)
+    await service.drain()
+
+
+@pytest.mark.parametrize("fault", [RedisUnreachable(), ReplyMismatch()])
+async def test_after_failures_in_a_row_nobody_waits_but_one_probe_at_a_time(fault: Exception) -> None:
+    clock, script = Clock(), Script(fault)
+    service = issuer(script, clock=clock)
+    for number in range(BREAKER_FAILURES):
+        assert await service.issue(TOKEN, request(f"k{number}")) == Busy("store_unreachable")
+    assert await service.issue(TOKEN, request("k-open")) == Busy("store_unreachable")
+    assert len(script.batches) == BREAKER_FAILURES, "the open breaker let a request through"
+    script.says = ["ISSUED"]
+    clock.now += 1
+    assert isinstance(await service.issue(TOKEN, request("k-probe")), Issued)
+    assert isinstance(await service.issue(TOKEN, request("k-after")), Issued)
+    await service.drain()
+
+
+async def test_a_distributor_over_its_rate_is_429_and_a_retry_after_a_refill_is_not_counted_again() -> None:
+    clock = Clock()
+    service = issuer(Script("REFILL", "ISSUED"), clock=clock, distributor_rate_max=2)
+    outcomes = [await service.issue(TOKEN, request(f"k{number}")) for number in range(3)]
+    assert [type(outcome) for outcome in outcomes] == [Issued, Issued, RateLimited]
+    clock.now += 0.5
+    assert isinstance(await service.issue(TOKEN, request("k4")), Issued)
+    await service.drain()
+
+
+async def test_draining_answers_what_was_accepted_and_takes_nothing_new() -> None:
+    script = Script("ISSUED")
+    script.hold = asyncio.Event()
+    service = issuer(script)
+    accepted = asyncio.create_task(service.issue(TOKEN, request()))
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(service.drain())
+    await asyncio.sleep(0)
+    assert not service.ready
+    assert await service.issue(TOKEN, request("late")) == Busy("draining")
+    script.hold.set()
+    assert isinstance(await accepted, Issued)
+    await asyncio.wait_for(draining, 1)
+
+
+async def test_a_client_that_went_away_does_not_keep_the_drain_waiting() -> None:
+    script = Script("ISSUED")
+    script.hold = asyncio.Event()
+    service = issuer(script)
+    gone = asyncio.create_task(service.issue(TOKEN, request()))
+    await asyncio.sleep(0)
+    gone.cancel()
+    script.hold.set()
+    await asyncio.wait_for(service.drain(), 1)
+
+
+async def test_authenticate_says_whose_a_token_is_only_after_the_fence() -> None:
+    script = Script("OK")
+    service = issuer(script)
+    assert await service.authenticate(TOKEN) == Authenticated("D")
+    assert await service.authenticate(new_token()) == Unauthorized("token_unknown")
+    assert script.versions == [1, 1]
+    await service.drain()
