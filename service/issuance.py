@@ -211,7 +211,7 @@ class Issuer:
                 if reply.status == "STALE":
                     await self._load(reply.fence)
                 elif reply.status == "LOST":
-                    if reply.generation in (0, self._generation):
+                    if reply.generation <= self._generation:
                         break  # not the data this process knows: a worker recovers it, here nothing is issued
                     self._generation = reply.generation
             except Fault as fault:

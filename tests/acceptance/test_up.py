@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def environment(*, checkout: bool = False, **settings: str) -> dict[str, str]:
-    """The environment that a newcomer would have: no settings but ``settings``; ``checkout``: imports come from there."""
+    """What a newcomer would have: no settings but ``settings``.  ``checkout``: imports come from there."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VOUCHERD_", "PYTHONPATH"))}
     return {**inherited, **({"PYTHONPATH": str(ROOT)} if checkout else {}), "COLUMNS": "60", **settings}
 
