@@ -4,6 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -24,7 +25,7 @@ run: install ## start everything on this machine, data in ./var (ARGS='--port 90
 	@exec $(BIN)/voucherd up $(ARGS)
 
 test: install ## run the unit, integration and acceptance tests (ARGS='-k replay')
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install lua ## ruff, types, the arrows between modules, luacheck, the Lua contract test
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 from sqlalchemy import Row as SqlRow
-from sqlalchemy import and_, case, func, insert, select, update
+from sqlalchemy import and_, bindparam, case, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -33,6 +33,23 @@ COLLISIONS_MAX: Final = 10
 
 _CODE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _SERIAL: Final = re.compile(r"[\x21-\x7e]{1,64}")
+
+
+# What the worker asks several times a second; making such a statement costs several times what running it does.
+_STOCK_VERSIONS: Final = select(pools.c.id, pools.c.stock_version)
+_follower: Final = leases.alias()
+_CHAIN_ENDS: Final = select(leases).where(
+    leases.c.partition == bindparam("of_partition"),
+    leases.c.generation == bindparam("of_generation"),
+    ~select(1)
+    .where(
+        _follower.c.partition == leases.c.partition,
+        _follower.c.generation == leases.c.generation,
+        _follower.c.pool == leases.c.pool,
+        _follower.c.predecessor == leases.c.id,
+    )
+    .exists(),
+)
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -178,7 +195,7 @@ async def finish_import(connection: AsyncConnection, import_id: str, now: int) -
 
 async def stock_versions(connection: AsyncConnection) -> dict[str, int]:
     """Per pool, the number that rose with every commit that added stock."""
-    found = await connection.execute(select(pools.c.id, pools.c.stock_version))
+    found = await connection.execute(_STOCK_VERSIONS)
     return {row.id: row.stock_version for row in found}
 
 
@@ -270,19 +287,8 @@ async def lease_codes(connection: AsyncConnection, lease: Lease) -> list[Code]:
 
 async def chain_ends(connection: AsyncConnection, partition: int, generation: int) -> dict[str, Lease]:
     """Per pool that was ever leased from in this generation, the lease that no other one follows."""
-    follower = leases.alias()
-    followed = (
-        select(1)
-        .where(
-            follower.c.partition == leases.c.partition,
-            follower.c.generation == leases.c.generation,
-            follower.c.pool == leases.c.pool,
-            follower.c.predecessor == leases.c.id,
-        )
-        .exists()
-    )
-    ends = select(leases).where(leases.c.partition == partition, leases.c.generation == generation, ~followed)
-    return {row.pool: _lease(row) for row in await connection.execute(ends)}
+    ends = await connection.execute(_CHAIN_ENDS, {"of_partition": partition, "of_generation": generation})
+    return {row.pool: _lease(row) for row in ends}
 
 
 async def lease_known(connection: AsyncConnection, lease_id: str) -> bool:

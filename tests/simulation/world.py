@@ -1,0 +1,1087 @@
+"""One simulated installation: a Redis, a store, processes that serve and work, operators, clients, and a nemesis.
+
+What runs is the service's own code: the scripts, the issuer, the steps of the worker, the commands.  Simulated are
+the servers, the network and time.  ``simulate`` runs one schedule and says what it broke.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import os
+import sqlite3
+import tempfile
+import traceback
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final, Literal, cast
+
+import msgspec
+import structlog
+from sqlalchemy import create_engine, event
+from sqlalchemy.engine import Connection as SyncConnection
+from sqlalchemy.engine import CursorResult, Dialect, Engine
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import NullPool
+
+from service.catalogue import Cap, CapHolder, Period
+from service.domain import Busy, Outcome, Record, Request, Unavailable
+from service.errors import Conflict, Fault, ScriptFailed, StoreIsOlder, StoreUnreachable
+from service.issuance import Issuer
+from service.scripts import Scripts
+from service.store import control, ledger, stock
+from service.store.database import Database, migrate
+from service.tokens import digest
+from service.web.preload import Preload
+from service.worker import flush as flushing
+from service.worker import publish, stocking
+from service.worker.flush import Flush
+from service.worker.publish import change, republish_once
+from service.worker.recover import Recover
+from service.worker.refill import Refill
+from service.worker.watch import Watch
+from tests.simulation.check import Happened, Limit, Truth, codes_in_outboxes, open_generation
+from tests.simulation.memory import Client, Data, Server
+from tests.simulation.schedule import (
+    CALM,
+    Network,
+    Odds,
+    Process,
+    Scheduler,
+    Stuck,
+    VirtualLoop,
+    make_task,
+)
+
+# --- the store -----------------------------------------------------------------------------------------------------
+
+# Long waits of the service are made shorter here, so that a schedule of some seconds holds several of them: what a
+# writer waits for the lock, what an idle transaction may last, when an entry is taken over from a worker, and how long
+# a command tries to reach a partition.
+LOCK_S: Final = 1.0
+IDLE_S: Final = 2.0
+CLAIM_AFTER_MS: Final = 800
+UNREACHED_S: Final = 1.0
+DEADLINE_S: Final = 0.6
+
+
+class Connection:
+    """As much of SQLAlchemy's AsyncConnection as ``service.store`` uses, without the threads behind it.
+
+    They would cost ten times what the statements do, and nothing in a schedule depends on them.
+    """
+
+    def __init__(self, sync: SyncConnection, alive: Callable[[], bool]) -> None:
+        self._sync = sync
+        self._alive = alive
+
+    @property
+    def dialect(self) -> Dialect:
+        return self._sync.dialect
+
+    def _here(self) -> SyncConnection:
+        if not self._alive():
+            raise StoreUnreachable("the store did not answer: the connection is gone")
+        return self._sync
+
+    async def execute(self, *arguments: Any) -> CursorResult[Any]:
+        return self._here().execute(*arguments)
+
+    async def scalar(self, *arguments: Any) -> Any:
+        return self._here().scalar(*arguments)
+
+    async def scalars(self, *arguments: Any) -> Any:
+        return self._here().scalars(*arguments)
+
+    async def exec_driver_sql(self, *arguments: Any) -> CursorResult[Any]:
+        return self._here().exec_driver_sql(*arguments)
+
+    @contextlib.asynccontextmanager
+    async def begin_nested(self) -> AsyncIterator[None]:
+        with self._here().begin_nested():
+            yield
+
+
+class Transaction:
+    """One that is open.  ``dead``: its connection was closed by the other side."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.dead = False
+        self.connection: sqlite3.Connection | None = None
+
+    def end(self) -> None:
+        """The other side closes the connection: nothing was written, and no lock is held."""
+        self.dead = True
+        if self.connection is not None:
+            self.connection.rollback()
+
+
+class Store:
+    """The durable store: a real SQLite file, which may be away and may come back as it once was."""
+
+    def __init__(self, scheduler: Scheduler, directory: Path) -> None:
+        self._scheduler = scheduler
+        self._directory = directory
+        self._numbers = itertools.count(1)
+        self.away = False
+        self._open: dict[Transaction, None] = {}
+        self._writer: Transaction | None = None
+        self._use(_template())
+
+    def _use(self, content: bytes) -> None:
+        self.path = self._directory / f"store-{next(self._numbers)}.db"
+        self.path.write_bytes(content)
+        self._peeking = _connected(self.path)
+        self._pool: list[sqlite3.Connection] = []
+
+    def peek(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """What is committed, read besides everybody."""
+        if len(parameters) == 1 and isinstance(parameters[0], dict):
+            return self._peeking.execute(sql, parameters[0]).fetchall()
+        return self._peeking.execute(sql, cast(Any, parameters)).fetchall()
+
+    def snapshot(self) -> bytes:
+        return self._peeking.serialize()
+
+    def _answers(self) -> bool:
+        return not self.away
+
+    def drop(self) -> None:
+        """Every connection is closed; what was not committed never happened."""
+        for transaction in self._open:
+            transaction.end()
+        self._writer = None
+
+    def restore(self, content: bytes) -> None:
+        """The store is as it was when ``content`` was taken."""
+        self.drop()
+        self.close()
+        self._use(content)
+
+    def close(self) -> None:
+        for connection in (*self._pool, self._peeking):
+            connection.close()
+        self._pool = []
+
+    def door(self, process: Process) -> Database:
+        """The store as ``process`` has it."""
+        return cast(Database, _Door(self, process))
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, process: Process, *, writing: bool) -> AsyncIterator[Connection]:
+        scheduler = self._scheduler
+        await scheduler.pause(process)
+        await scheduler.may_crash(process, "before a transaction")
+        if not self._answers():
+            raise StoreUnreachable("the store can't be reached: OSError")
+        transaction = Transaction(scheduler.loop.time())
+        if writing:
+            await self._lock(transaction)
+        self._open[transaction] = None
+        path, raw = self.path, self._pool.pop() if self._pool else _connected(self.path)
+        transaction.connection = raw
+        CHECKED_OUT.append(raw)
+        sync = (_writing if writing else _reading).connect()
+        clean = False
+        try:
+            with sync.begin() as outer:
+                yield Connection(sync, lambda: not transaction.dead)
+                if writing:
+                    await scheduler.pause(process)
+                    await scheduler.may_crash(process, "before the commit")
+                odds, rng = scheduler.odds, scheduler.rng
+                if transaction.dead or (writing and not self._answers()):
+                    outer.rollback()
+                    raise StoreUnreachable("the store did not answer: the connection is gone")
+                unknown = writing and rng.random() < odds.commit_unknown
+                if unknown and rng.random() < 0.5:
+                    scheduler.note(process.name, "commit", "did not arrive")
+                    outer.rollback()
+                    raise StoreUnreachable("the store did not answer: TimeoutError")
+            clean = True
+            if writing:
+                scheduler.note(process.name, "commit")
+        finally:
+            sync.close()
+            del self._open[transaction]
+            if self._writer is transaction:
+                self._writer = None
+            if not transaction.dead and path == self.path:
+                self._pool.append(raw)
+            else:
+                raw.close()
+        if unknown:
+            scheduler.note(process.name, "commit", "the answer is lost")
+            raise StoreUnreachable("the store did not answer: TimeoutError")
+        if clean and writing:
+            await scheduler.may_crash(process, "after the commit")
+            await scheduler.pause(process)
+
+    async def _lock(self, transaction: Transaction) -> None:
+        give_up = self._scheduler.loop.time() + LOCK_S
+        while self._writer is not None:
+            now = self._scheduler.loop.time()
+            if now - self._writer.began > IDLE_S:
+                self._writer.end()  # as PostgreSQL ends a transaction that was idle for too long
+                break
+            if now > give_up:
+                raise StoreUnreachable("the store gave up (SQLSTATE 55P03)")
+            await asyncio.sleep(0.002 + 0.02 * self._scheduler.rng.random())
+        transaction.began = self._scheduler.loop.time()
+        self._writer = transaction
+
+
+Entered = contextlib.AbstractAsyncContextManager[AsyncConnection]
+
+
+class _Door:
+    """One process's Database."""
+
+    is_sqlite: Final = True
+
+    def __init__(self, store: Store, process: Process) -> None:
+        self._store = store
+        self._process = process
+
+    def read(self) -> Entered:
+        return cast(Entered, self._store.transaction(self._process, writing=False))
+
+    def write(self) -> Entered:
+        return cast(Entered, self._store.transaction(self._process, writing=True))
+
+
+# The engine lives as long as the process, for its cache of compiled statements; it is handed one connection at a time.
+CHECKED_OUT: Final[list[sqlite3.Connection]] = []
+
+
+class _Cursor(sqlite3.Cursor):
+    """Fetches everything at once, as the asynchronous driver does: a result that nobody reads to its end would keep
+    its snapshot, and the next transaction of the connection with it."""
+
+    def execute(self, *arguments: Any) -> _Cursor:
+        super().execute(*arguments)
+        self._rows = deque(super().fetchall() if self.description else ())
+        return self
+
+    def fetchone(self) -> Any:
+        return self._rows.popleft() if self._rows else None
+
+    def fetchmany(self, size: int | None = 1) -> list[Any]:
+        return [self._rows.popleft() for _ in range(min(size or 1, len(self._rows)))]
+
+    def fetchall(self) -> list[Any]:
+        rows, self._rows = list(self._rows), deque()
+        return rows
+
+
+class _Kept:
+    """A connection that SQLAlchemy may "close" and that stays open."""
+
+    def __init__(self, real: sqlite3.Connection) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def cursor(self) -> _Cursor:
+        return self._real.cursor(_Cursor)
+
+    def close(self) -> None: ...
+
+
+def _engine() -> Engine:
+    engine = create_engine("sqlite://", creator=lambda: _Kept(CHECKED_OUT.pop()), poolclass=NullPool)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: SyncConnection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options()["simulated_begin"])
+
+    return engine
+
+
+_engines: Final = _engine()
+_reading: Final = _engines.execution_options(simulated_begin="BEGIN")
+_writing: Final = _engines.execution_options(simulated_begin="BEGIN IMMEDIATE")
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, timeout=0, cached_statements=512)
+    # Nothing here survives the schedule, so nothing is synced.
+    connection.execute("pragma synchronous=off")
+    connection.execute("pragma foreign_keys=on")
+    return connection
+
+
+_templates: Final[list[bytes]] = []
+
+
+def _template() -> bytes:
+    """A migrated store."""
+    if not _templates:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "template.db"
+
+            async def make() -> None:
+                database = Database.connect(f"sqlite+aiosqlite:///{path}")
+                await migrate(database)
+                await database.close()
+
+            with asyncio.Runner() as runner:
+                runner.run(make())
+            _templates.append(path.read_bytes())
+    return _templates[0]
+
+
+# --- one schedule ----------------------------------------------------------------------------------------------------
+
+Family = Literal["calm", "crashes", "network", "redis", "store", "older", "mixed"]
+FAMILIES: Final[tuple[Family, ...]] = (
+    "calm", "crashes", "network", "redis", "redis", "redis", "store", "older", "mixed", "mixed", "mixed",
+)  # fmt: skip
+
+PRODUCTS: Final = ("PAY", "MOB")
+TERMINALS: Final = ("T1", "T2", "T3")
+ZONES: Final = ("UTC", "Europe/Berlin", "Asia/Kolkata")
+DISTRIBUTORS: Final = ("D1", "D2")
+QUIET_S: Final = 120.0  # longest that an installation without faults may take to come to rest
+
+
+class Result(msgspec.Struct):
+    """What one schedule did and broke."""
+
+    seed: int
+    family: str
+    violations: list[str]
+    counts: dict[str, int]
+    trace: list[str]
+
+
+class Serve:
+    """One serving process, and what clients need of it."""
+
+    def __init__(self, process: Process, issuer: Issuer) -> None:
+        self.process = process
+        self.issuer = issuer
+
+
+class World:
+    """One installation under one seed."""
+
+    def __init__(self, seed: int, loop: VirtualLoop, directory: Path) -> None:
+        self.loop = loop
+        self.scheduler = Scheduler(seed, loop, CALM)
+        self.rng = self.scheduler.rng
+        rng = self.rng
+        self.family: Family = rng.choice(FAMILIES)
+        self.retention_s = 86_400
+        self.outbox_max = rng.choice((8, 30, 200))
+        self.low_water = rng.choice((2, 4, 8))
+        self.counts: Counter[str] = Counter()
+        self.ids = itertools.count(1)
+        self.server = Server(self.scheduler.unix, lambda: f"{next(self.ids):040d}")
+        self.network = Network(self.server)
+        self.store = Store(self.scheduler, directory)
+        self.truth = Truth(self.server, self.store.peek, self.retention_s)
+        self.tokens: dict[str, list[str]] = {distributor: [] for distributor in DISTRIBUTORS}
+        self.pools: list[str] = []
+        self.campaigns: list[str] = []
+        self.serves: dict[str, Serve] = {}
+        self.healthy = False  # the nemesis is gone: whoever dies now stays dead
+        self.over = False
+        self.processes: list[Process] = []
+        self.numbers = itertools.count(1)
+        self.snapshots: list[Data] = []
+        self.store_snapshots: list[bytes] = []
+        self.is_older = False
+        self.recovery = rng.choice((1, 1, 4))  # how much slower than usual
+
+    def unix(self) -> int:
+        return int(self.scheduler.unix())
+
+    def scripts(self, process: Process) -> Scripts:
+        return Scripts(cast(Any, Client(self.scheduler.to_redis(process, self.network))))
+
+    # --- the schedule --------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        rng = self.rng
+        await self._set_up()
+        self.scheduler.odds = self._odds()
+        serves = rng.choice((1, 2, 2))
+        workers = rng.choice((1, 2, 2))
+        keepers = [self._keep(f"serve-{i}", self._serve) for i in range(serves)]
+        keepers += [self._keep(f"work-{i}", self._work) for i in range(workers)]
+        duration = rng.uniform(1.5, 4.0)
+        self.loop.set_exception_handler(self._defect)
+        tasks = [self.loop.create_task(keeper) for keeper in keepers]
+        clients = [self.loop.create_task(self._buy(rng.random() * duration)) for _ in range(rng.randrange(25, 60))]
+        operating = self.loop.create_task(self._operate(duration))
+        nemesis = self.loop.create_task(self._nemesis(duration))
+        await asyncio.gather(*clients, operating, nemesis)
+        self._heal()
+        if self.is_older:
+            await asyncio.sleep(3.0)
+            self.truth.check_kept()
+        else:
+            await self._quiet()
+            await self._probe()
+            await self._quiet()
+            self.truth.check_quiet()
+        self.over = True
+        for task in tasks:
+            task.cancel()
+
+    def _defect(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.truth.broken("defect", f"{context.get('message')}: {context.get('exception')!r}")
+
+    def _odds(self) -> Odds:
+        rng, family = self.rng, self.family
+        odds = Odds(
+            slow=rng.choice((0.0, 0.02, 0.1)), slow_s=rng.choice((0.1, 0.5, 1.0)), quick_s=rng.choice((0.001, 0.01))
+        )
+        if family in ("crashes", "mixed"):
+            odds.crash = rng.choice((0.002, 0.01, 0.03))
+        if family in ("network", "mixed", "older"):
+            odds.unsent, odds.late, odds.unheard = (rng.choice((0.0, 0.01, 0.03)) for _ in range(3))
+        if family in ("store", "mixed", "crashes"):
+            odds.commit_unknown = rng.choice((0.0, 0.02, 0.1))
+        return odds
+
+    def _heal(self) -> None:
+        self.scheduler.note("nemesis", "heals everything")
+        self.scheduler.odds = CALM
+        self.healthy = True
+        self.network.reachable, self.server.loading = True, False
+        if self.server.role != "master":
+            self.server.promote(self.server.data)
+        self.store.away = False
+        for process in self._alive():
+            process.asleep_until = 0.0
+
+    async def _quiet(self) -> None:
+        """Waits until nothing is left to do."""
+        deadline = self.loop.time() + QUIET_S
+        while (busy := self._busy()) and not self.truth.violations:
+            if self.loop.time() > deadline:
+                self.truth.broken("rest", f"without faults the installation does not come to rest: {busy}")
+                return
+            await asyncio.sleep(0.25)
+
+    def _busy(self) -> str:
+        data: Any = self.server.data.keys
+        generation = data.get("{0}:generation", {})
+        opened = open_generation(self.server.data)
+        if not opened or generation.get("replid") != self.server.replid:
+            return "no generation is open"
+        if "restoring" in generation:
+            return "records are being restored"
+        if codes_in_outboxes(self.server.data):
+            return "the outbox is not empty"
+        if self.store.peek("select 1 from generations where generation = ? and state <> 'open'", opened):
+            return "the open generation is not open in the store"
+        ((version,),) = self.store.peek("select version from catalogue_head")
+        if int(data.get("{0}:fence", -1)) < version:
+            return "the fence is behind the store"
+        for pool, stock_version in self.store.peek("select id, stock_version from pools"):
+            if pool not in self.truth.campaign_pools.values():
+                continue
+            held = data.get(f"{{0}}:{opened}:pool:{pool}", {})
+            if int(held.get("stock", 0)) < stock_version:
+                return f"{pool}'s stock version is behind the store"
+            length = len(data.get(f"{{0}}:{opened}:window:{pool}", ()))
+            if length < self.low_water and held.get("exhausted") != str(stock_version):
+                return f"{pool} is below its low water"
+        leases = self.store.peek("select id, pool from leases where generation = ? order by rowid desc", opened)
+        for pool in {pool for _, pool in leases}:
+            last = next(id for id, of in leases if of == pool)
+            if data.get(f"{{0}}:{opened}:pool:{pool}", {}).get("lease") != last:
+                return f"{pool}'s last lease is not applied"
+        return ""
+
+    async def _probe(self) -> None:
+        """Everybody gets a definite answer."""
+        while any(not serve.process.alive for serve in self.serves.values()):
+            await asyncio.sleep(0.1)
+        distributor = self.rng.choice(DISTRIBUTORS)
+        token = self._new_token(distributor)
+        if not await self._make_token(distributor, token):
+            self.truth.broken("rest", "without faults a token can't be made")
+            return
+        for name in sorted(self.serves):
+            request = self._request(distributor, f"probe-{next(self.numbers)}")
+            outcome: Outcome | None = None
+            for _ in range(5):
+                outcome = await self._ask(self.serves[name], token, request)
+                if not isinstance(outcome, Busy):
+                    break
+                await asyncio.sleep(1.0)
+            if outcome is None or isinstance(outcome, Busy):
+                self.truth.broken("rest", f"without faults {name} answers {outcome}")
+
+    # --- set-up --------------------------------------------------------------------------------------------------
+
+    async def _set_up(self) -> None:
+        """A catalogue, stock, and a first generation, before anything goes wrong."""
+        rng, process = self.rng, Process("setup")
+        database, scripts, now = self.store.door(process), self.scripts(process), self.unix()
+        self.pools = [f"pool-{i}" for i in range(rng.choice((1, 2, 2)))]
+        self.campaigns = [f"camp-{i}" for i in range(rng.choice((1, 2, 3)))]
+        tokens = {distributor: self._new_token(distributor) for distributor in DISTRIBUTORS}
+
+        async def edit(conn: AsyncConnection) -> None:
+            for pool in self.pools:
+                self.truth.least_life[pool] = rng.choice((0, 0, 2))
+                await control.create_pool(
+                    conn, pool, default_expires_at=now + 30 * 86_400, least_life_s=self.truth.least_life[pool], now=now
+                )
+            for distributor, token in tokens.items():
+                await control.create_distributor(conn, distributor, distributor, now)
+                await control.add_credential(conn, distributor, digest(token), now)
+            for campaign in self.campaigns:
+                pool, zone, caps = (
+                    rng.choice(self.pools),
+                    rng.choice(ZONES),
+                    self._caps(("campaign", "distributor", "terminal")),
+                )
+                await control.create_campaign(
+                    conn, campaign, category="CAT", products=rng.sample(PRODUCTS, rng.choice((1, 2, 2))), pool=pool,
+                    priority=rng.randrange(3), starts_at=now - 60, until=rng.choice((0, 0, 0, now + 6)), time_zone=zone,
+                    caps=caps, now=now,
+                )  # fmt: skip
+                self.truth.zones[campaign], self.truth.campaign_pools[campaign] = zone, pool
+                for cap in caps:
+                    self.truth.limits[campaign, cap.holder, "", cap.period] = [Limit(cap.limit)]
+                for distributor in DISTRIBUTORS[: rng.choice((1, 2, 2, 2))]:
+                    caps = self._caps(("distributor", "terminal"))
+                    await control.assign(conn, campaign, distributor, caps, now)
+                    for cap in caps:
+                        self.truth.limits[campaign, cap.holder, distributor, cap.period] = [Limit(cap.limit)]
+
+        flush = self._flush(process, database, scripts)
+        recover = self._recover(database, scripts, flush)
+        await recover.run_once()
+        await recover.run_once()  # nothing has to be restored
+        await change(database, scripts, edit, actor="setup", action="create", subject="all")
+        for token in tokens.values():
+            self.truth.changes[token].append(Happened("made", 0, 0))
+        async with database.write() as conn:
+            for pool in self.pools:
+                rows = self._rows()
+                await stock.begin_import(conn, f"import-{pool}", pool, now)
+                await stock.import_rows(conn, f"import-{pool}", pool, rows, now)
+                await stock.finish_import(conn, f"import-{pool}", now)
+        for pool in self.pools:
+            self.truth.stock_known(pool)
+
+    def _caps(self, holders: Sequence[CapHolder]) -> list[Cap]:
+        periods: tuple[Period, ...] = ("total", "day", "hour")
+        return [
+            Cap(holder, period, self.rng.randrange(1, 12))
+            for holder in holders
+            for period in periods
+            if self.rng.random() < 0.06
+        ]
+
+    def _new_token(self, distributor: str) -> str:
+        token = f"token-{next(self.numbers)}"
+        self.tokens[distributor].append(token)
+        return token
+
+    # --- processes -----------------------------------------------------------------------------------------------
+
+    async def _keep(self, name: str, start: Callable[[Process], None]) -> None:
+        """Starts a process again whenever it died."""
+        for life in itertools.count():
+            process = Process(name if self.rng.random() < 0.5 else f"{name}.{life}")
+            self.processes.append(process)
+            start(process)
+            while process.alive:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(self.rng.random())
+
+    def _serve(self, process: Process) -> None:
+        database, scripts = self.store.door(process), self.scripts(process)
+
+        async def lookup(requests: Sequence[Request]) -> Mapping[Request, Record]:
+            found: dict[Request, Record] = {}
+            async with database.read() as conn:
+                for request in requests:
+                    known = await ledger.lookup(conn, request.api, request.client, [request.key])
+                    if request.key in known:
+                        found[request] = known[request.key]
+            return found
+
+        preload = Preload(
+            database, scripts, lambda catalogue: issuer.adopt(catalogue),
+            lambda: -1 if issuer.catalogue is None else issuer.catalogue.version,
+        )  # fmt: skip
+        issuer = Issuer(
+            scripts, preload.load, lookup, outbox_max=self.outbox_max, retention_s=self.retention_s, queue_max=64,
+            deadline_s=DEADLINE_S, clock=self.loop.time, unix_clock=self.scheduler.unix,
+        )  # fmt: skip
+
+        async def begin() -> None:
+            issuer.start()
+
+        self.scheduler.spawn(process, begin())
+        self.serves[process.name.split(".")[0]] = Serve(process, issuer)
+
+    def _work(self, process: Process) -> None:
+        database, scripts = self.store.door(process), self.scripts(process)
+        flush = self._flush(process, database, scripts)
+        recover = self._recover(database, scripts, flush)
+        refill = Refill(
+            database, scripts, low_water=self.low_water, store_outage_s=1, now=self.unix, clock=self.loop.time,
+            lease_id=lambda: f"lease-{next(self.numbers)}",
+        )  # fmt: skip
+        watch = Watch(
+            database, scripts, planned_rate=1, outbox_max=self.outbox_max, retention_s=self.retention_s,
+            now=self.scheduler.unix,
+        )  # fmt: skip
+
+        async def refill_step() -> object:
+            await refill.demanded(wait_s=0)
+            return await refill.run_once()
+
+        async def watch_step() -> None:
+            seen = await watch.run_once()
+            if seen.store_older:
+                self.counts["store older noticed"] += 1
+                if not self.is_older:
+                    self.truth.broken("watch", f"the store is called older and is not: {seen.store_older}")
+
+        for step, least, most in (
+            (recover.run_once, 0.1 * self.recovery, 0.8 * self.recovery), (flush.run_once, 0.05, 0.8),
+            (refill_step, 0.1, 0.8), (lambda: republish_once(database, scripts), 0.2, 1.5),
+            (recover.clean_once, 0.5, 2.5), (watch_step, 0.5, 5.0),
+        ):  # fmt: skip
+            self.scheduler.spawn(process, self._loop(step, least, most))
+
+    def _flush(self, process: Process, database: Database, scripts: Scripts) -> Flush:
+        return Flush(database, scripts, consumer=process.name, retention_s=self.retention_s, now=self.unix)
+
+    def _recover(self, database: Database, scripts: Scripts, flush: Flush) -> Recover:
+        return Recover(
+            database, scripts, flush, outbox_max=self.outbox_max, retention_s=self.retention_s, now=self.unix
+        )
+
+    async def _loop(self, step: Callable[[], Awaitable[object]], least: float, most: float) -> None:
+        while True:
+            await asyncio.sleep(self.rng.uniform(least, most))
+            try:
+                await step()
+            except Fault as fault:
+                self.counts[f"step {type(fault).__name__}"] += 1
+                self.scheduler.note("step", type(fault).__name__, str(fault))
+                if isinstance(fault, ScriptFailed):
+                    self.truth.broken("defect", f"a step of the worker: {fault}")
+            except Exception as defect:  # noqa: BLE001 - whatever the worker's own loops would survive and log
+                self.truth.broken("defect", f"a step of the worker: {''.join(traceback.format_exception(defect))}")
+
+    # --- operators -----------------------------------------------------------------------------------------------
+
+    async def _operate(self, duration: float) -> None:
+        """One command after the other, each in a process of its own."""
+        rng = self.rng
+        end = self.loop.time() + duration
+        while self.loop.time() < end:
+            await asyncio.sleep(rng.uniform(0.05, 1.0))
+            what = rng.choice(("pause", "pause", "import", "import", "token", "revoke", "caps"))
+            if what == "pause":
+                campaign = rng.choice(self.campaigns)
+                for paused in (True, False):
+                    await self._set_paused(campaign, paused)
+                    await asyncio.sleep(rng.random())
+            elif what == "import":
+                await self._command(self._import, rng.choice(self.pools))
+            elif what == "token":
+                distributor = rng.choice(DISTRIBUTORS)
+                await self._make_token(distributor, self._new_token(distributor))
+            elif what == "revoke":
+                distributor = rng.choice(DISTRIBUTORS)
+                if len(self.tokens[distributor]) > 1:
+                    await self._revoke(rng.choice(self.tokens[distributor]))
+            else:
+                await self._change_caps()
+
+    async def _set_paused(self, campaign: str, paused: bool) -> bool:
+        return await self._publish(
+            campaign, "pause" if paused else "resume", lambda conn: control.set_paused(conn, campaign, paused)
+        )
+
+    async def _make_token(self, distributor: str, token: str) -> bool:
+        return await self._publish(
+            token, "made", lambda conn: control.add_credential(conn, distributor, digest(token), self.unix())
+        )
+
+    async def _revoke(self, token: str) -> bool:
+        return await self._publish(
+            token, "revoked", lambda conn: control.revoke_credentials(conn, token_sha256=digest(token), now=self.unix())
+        )
+
+    async def _change_caps(self) -> None:
+        rng, limits = self.rng, self.truth.limits
+        assigned = sorted({(campaign, distributor) for campaign, _, distributor, _ in limits if distributor})
+        if not assigned:
+            return
+        campaign, distributor = rng.choice(assigned)
+        mine = [cap for cap in sorted(limits) if cap[0] == campaign and cap[2] == distributor]
+        caps = [Cap(cast(CapHolder, cap[1]), cast(Period, cap[3]), rng.randrange(1, 12)) for cap in mine]
+        for cap, new in zip(mine, caps, strict=True):
+            limits[cap].append(Limit(new.limit))
+        done = await self._publish(
+            f"caps of {campaign}", "caps", lambda conn: control.assign(conn, campaign, distributor, caps, self.unix())
+        )
+        if done:
+            for cap in mine:
+                for old in limits[cap][:-1]:
+                    old.until = min(old.until, self.scheduler.unix())
+
+    async def _publish(self, subject: str, what: str, edit: Callable[[AsyncConnection], Awaitable[object]]) -> bool:
+        """Whether the change is in force everywhere."""
+        happened = Happened(what, self.scheduler.unix())
+        self.truth.changes[subject].append(happened)
+
+        async def command(process: Process) -> bool:
+            published = await change(
+                self.store.door(process), self.scripts(process), edit, actor="operator", action=what, subject=subject
+            )
+            if published.unreached:
+                return False
+            happened.returned = self.scheduler.unix()
+            return True
+
+        return await self._command(command)
+
+    async def _command(self, command: Callable[..., Awaitable[bool]], *arguments: object) -> bool:
+        """Runs a command in a process of its own; whether it did what it was to do."""
+        process = Process(f"command-{next(self.numbers)}")
+
+        async def run() -> bool:
+            try:
+                return await command(process, *arguments)
+            except StoreIsOlder:
+                if not self.is_older:
+                    self.truth.broken("watch", "a command says that the store is older, and it is not")
+                return False
+            except (Fault, Conflict) as fault:
+                self.counts[f"command {type(fault).__name__}"] += 1
+                return False
+
+        task = self.scheduler.spawn(process, run())
+        await asyncio.wait([task])
+        return not task.cancelled() and task.result()
+
+    def _rows(self) -> list[stock.Row]:
+        """Codes for an import, of one expiry or of several: some expire within the schedule."""
+        rng, number, now = self.rng, next(self.numbers), self.unix()
+        expiries = [None, None, now + 3, now + 15, now + 5_000]
+        expiry = rng.choice(expiries)
+        return [
+            stock.Row(line, f"CODE-{number}-{line}", None, expiry if rng.random() < 0.9 else rng.choice(expiries))
+            for line in range(1, rng.randrange(2, 40))
+        ]
+
+    async def _import(self, process: Process, pool: str) -> bool:
+        report = await stocking.import_codes(
+            self.store.door(process), self.scripts(process), pool, self._rows(),
+            import_id=f"import-{next(self.numbers)}", now=self.unix,
+        )  # fmt: skip
+        if report.unreached:
+            return False
+        self.truth.stock_known(pool)
+        return True
+
+    # --- clients -------------------------------------------------------------------------------------------------
+
+    def _request(self, distributor: str, key: str) -> Request:
+        rng = self.rng
+        terminal = rng.choice(TERMINALS)
+        products = tuple(rng.sample(PRODUCTS, rng.choice((1, 2))))
+        return Request("v1", distributor, key, distributor, terminal, products, f"{terminal}\t{','.join(products)}")
+
+    async def _buy(self, after: float) -> None:
+        """One key: asked until there is an answer, and asked again later."""
+        rng = self.rng
+        await asyncio.sleep(after)
+        distributor = rng.choice(DISTRIBUTORS)
+        request = self._request(distributor, f"key-{next(self.numbers)}")
+        for _ in range(rng.choice((1, 4, 8))):
+            if rng.random() < 0.1:
+                pair = [self._ask_any(request), self._ask_any(request)]
+                outcome = (await asyncio.gather(*pair))[0]
+            else:
+                outcome = await self._ask_any(request)
+            if outcome is not None and not isinstance(outcome, (Busy, Unavailable)):
+                break
+            if isinstance(outcome, Unavailable) and rng.random() < 0.7:
+                break
+            await asyncio.sleep(rng.random() * 0.6)
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            await asyncio.sleep(rng.random() * 1.5)
+            again = request
+            if rng.random() < 0.3:
+                again = msgspec.structs.replace(
+                    request, payload=request.payload + "X", products=(*request.products, "X")
+                )
+            await self._ask_any(again)
+
+    async def _ask_any(self, request: Request) -> Outcome | None:
+        if not self.serves:
+            return None
+        token = self.rng.choice(self.tokens[request.distributor])
+        return await self._ask(self.serves[self.rng.choice(sorted(self.serves))], token, request)
+
+    async def _ask(self, serve: Serve, token: str, request: Request) -> Outcome | None:
+        """What the client is told; None if its connection broke or it did not wait."""
+        if not serve.process.alive:
+            return None
+        begun = self.scheduler.unix()
+        task = self.scheduler.spawn(serve.process, serve.issuer.issue(token, request))
+        patience = self.rng.random() * 0.5 if not self.healthy and self.rng.random() < 0.03 else None
+        await asyncio.wait([task], timeout=patience)
+        if not task.done():
+            task.cancel()
+            return None
+        if task.cancelled():
+            return None
+        outcome = task.result()
+        self.scheduler.note("client", f"{request.key} is told", outcome)
+        self.truth.answered(token, request, outcome, begun)
+        return outcome
+
+    # --- the nemesis ---------------------------------------------------------------------------------------------
+
+    async def _nemesis(self, duration: float) -> None:
+        """What goes wrong at large: servers, clocks, sleepers.  Small things happen at every point by themselves."""
+        rng, family = self.rng, self.family
+        end = self.loop.time() + duration
+        acts: list[Callable[[], Awaitable[None]]] = [self._snapshot]
+        if family != "calm":
+            acts += [self._sleeper, self._sleeper, self._jump]
+        if family in ("redis", "mixed", "network"):
+            acts += [self._restart, self._rename, self._forget_scripts]
+        if family in ("redis", "mixed"):
+            acts += [
+                self._older_copy,
+                self._empty,
+                self._promoted,
+                self._demoted,
+                self._older_copy,
+                self._promoted,
+                self._older_copy,
+            ]
+        if family == "redis":
+            acts += [self._old_primary]
+        if family in ("store", "mixed"):
+            acts += [self._store_away]
+        if family == "older":
+            acts += [self._store_older, self._store_older, self._store_away]
+        while self.loop.time() < end:
+            await asyncio.sleep(rng.uniform(0.1, 1.0))
+            act = rng.choice(acts)
+            self.counts[act.__name__.strip("_")] += 1
+            await act()
+            if rng.random() < 0.5:
+                await self._snapshot()
+
+    async def _snapshot(self) -> None:
+        self.snapshots.append(self.server.data.copy())
+        if self.family == "older":
+            self.store_snapshots.append(self.store.snapshot())
+
+    async def _sleeper(self) -> None:
+        """A process stands still: a short time, or longer than its claim on what it was doing."""
+        if processes := self._alive():
+            process = self.rng.choice(processes)
+            seconds = self.rng.choice((0.3, 1.0, 2.0, 3.0))
+            process.asleep_until = self.loop.time() + seconds
+            self.scheduler.note("nemesis", f"{process.name} sleeps for {seconds} s")
+
+    def _alive(self) -> list[Process]:
+        self.processes = [process for process in self.processes if process.alive]
+        return self.processes
+
+    async def _jump(self) -> None:
+        seconds = self.rng.choice((20.0, 20.0, 3_700.0, 90_000.0))
+        self.scheduler.note("nemesis", f"it is {seconds:.0f} s later")
+        self.loop.jump(seconds)
+
+    async def _down(self) -> None:
+        self.network.reachable = False
+        self.network.cut()
+        await asyncio.sleep(self.rng.choice((0.01, 0.2, 0.8)))
+
+    async def _up(self) -> None:
+        self.network.reachable = True
+        if self.rng.random() < 0.3:
+            self.server.loading = True
+            await asyncio.sleep(self.rng.random() * 0.5)
+            self.server.loading = False
+
+    async def _restart(self) -> None:
+        self.scheduler.note("nemesis", "Redis restarts with all its data")
+        await self._down()
+        self.server.restart(self.server.data)
+        await self._up()
+
+    async def _rename(self) -> None:
+        self.scheduler.note("nemesis", "the same server has a new replication id")
+        self.server.rename()
+
+    async def _forget_scripts(self) -> None:
+        self.server.scripts.clear()
+
+    def _some_snapshot(self) -> Data:
+        data = self.rng.choice(self.snapshots).copy() if self.snapshots else Data()
+        self.truth.lose(self.server.data, data)
+        return data
+
+    async def _older_copy(self) -> None:
+        await self._down()
+        data = self._some_snapshot()
+        self.scheduler.note("nemesis", "Redis is restored from an older copy")
+        self.server.restart(data)
+        await self._up()
+
+    async def _empty(self) -> None:
+        await self._down()
+        self.scheduler.note("nemesis", "Redis is empty")
+        self.truth.lose(self.server.data, Data())
+        self.server.restart(Data())
+        await self._up()
+
+    async def _promoted(self) -> None:
+        data = self._some_snapshot()
+        if self.rng.random() < 0.5:
+            await self._down()
+        self.network.cut()
+        self.truth.lose(self.server.data, data)
+        self.scheduler.note("nemesis", "a lagging replica is promoted")
+        self.server.restart(data, follows=True)
+        await self._up()
+
+    async def _old_primary(self) -> None:
+        """A failover, and then the address leads to the server from before it, which knows nothing of that."""
+        before = self.server.identity()
+        await self._promoted()
+        await asyncio.sleep(self.rng.random() * 2)
+        if self.server.role != "master":
+            return
+        await self._down()
+        self.scheduler.note("nemesis", "the old primary is back")
+        self.truth.lose(self.server.data, before[0])
+        self.truth.went_back = True
+        self.server.become(before)
+        await self._up()
+
+    async def _demoted(self) -> None:
+        self.scheduler.note("nemesis", "Redis is demoted")
+        self.server.demote()
+        await asyncio.sleep(self.rng.random())
+        data = self._some_snapshot() if self.rng.random() < 0.5 else self.server.data
+        self.scheduler.note("nemesis", "Redis is promoted again")
+        self.server.promote(data)
+
+    async def _store_away(self) -> None:
+        self.scheduler.note("nemesis", "the store is away")
+        self.store.away = True
+        self.store.drop()
+        await asyncio.sleep(self.rng.choice((0.2, 0.8, 1.5)))
+        self.store.away = False
+        self.scheduler.note("nemesis", "the store is back")
+
+    async def _store_older(self) -> None:
+        if self.store_snapshots and not self.is_older:
+            self.scheduler.note("nemesis", "the store is restored from an older copy")
+            self.store.restore(self.rng.choice(self.store_snapshots))
+            self.is_older = self.truth.stock_forgotten = True
+
+
+# --- running one -----------------------------------------------------------------------------------------------------
+
+_loops: Final[list[VirtualLoop]] = []
+
+
+def simulate(seed: int) -> Result:
+    """Runs the schedule of ``seed``.  The same seed does the same, in every process."""
+    if not _loops:
+        _template()
+        loop = VirtualLoop()
+        loop.set_task_factory(cast(Any, make_task))
+        _loops.append(loop)
+    loop = _loops[0]
+    gc.disable()  # statements and tasks leave cycles behind; looking for them all the time costs a fifth
+    if seed % 20 == 0:
+        gc.collect()
+    shared = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as directory:
+        world = World(seed, loop, Path(directory))
+        with _in_virtual_time(world), _heard(world):
+            main = loop.create_task(_until_broken(world))
+            try:
+                loop.run_until_complete(main)
+            except Stuck:
+                world.truth.broken("rest", "everybody waits for ever")
+            finally:
+                loop.shut()
+                world.store.close()
+                gc.enable()
+    counts = Counter(world.counts)
+    counts.update(world.truth.outcomes)
+    counts["issued"] += len(world.truth.records)
+    counts["destroyed"] += len(world.truth.destroyed)
+    return Result(
+        seed, world.family, world.truth.violations, dict(counts),
+        list(world.scheduler.told()) if world.truth.violations else [],
+    )  # fmt: skip
+
+
+async def _until_broken(world: World) -> None:
+    running = asyncio.ensure_future(world.run())
+    while not running.done() and not world.truth.violations:
+        await asyncio.wait([running], timeout=0.2)
+    if running.done():
+        running.result()
+
+
+@contextlib.contextmanager
+def _in_virtual_time(world: World) -> Iterator[None]:
+    """The commands look at the clock themselves."""
+    clock: Any = SimpleNamespace(time=world.scheduler.unix, monotonic=world.loop.time)
+    changed: list[tuple[Any, str, Any]] = [
+        (publish, "time", clock), (stocking, "time", clock), (publish, "UNREACHED_S", UNREACHED_S),
+        (stocking, "UNREACHED_S", UNREACHED_S), (flushing, "CLAIM_AFTER_MS", CLAIM_AFTER_MS),
+    ]  # fmt: skip
+    real = [getattr(module, name) for module, name, _ in changed]
+    for module, name, value in changed:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(changed, real, strict=True):
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _heard(world: World) -> Iterator[None]:
+    """What the service logs; a defect that some loop survives is still one."""
+
+    def hear(_logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if event.get("exc_info"):
+            world.truth.broken("defect", f"{event['event']}: {traceback.format_exc(limit=-4)}")
+        elif method in ("warning", "error", "critical"):
+            world.scheduler.note("log", method, {name: str(value) for name, value in event.items()})
+        raise structlog.DropEvent
+
+    config = structlog.get_config()
+    structlog.configure(processors=[hear], cache_logger_on_first_use=False)
+    try:
+        yield
+    finally:
+        structlog.configure(**config)
