@@ -23,8 +23,9 @@
 --                      in [middle, end); a total has start 0 and middle = end
 --        per plan:     number of candidates; for each: pool index, from, until (0: open), rule (opaque text),
 --                      number of caps; for each: counter index, field (a trailing ':' takes the terminal), limit
---        per request:  plan index (0: no candidate), quantity, 1 if its key was looked up in the ledger,
---                      terminal, payload, head (api, distributor, client, key: four lines)
+--        per request:  plan index (0: no candidate), quantity, and 1 if its key was looked up in the ledger, else 0,
+--                      joined by ':'; payload, which begins with the terminal and a tab; head (api, distributor,
+--                      client, key: four lines)
 -- Returns {status, nonce, open generation, now, ...}
 --   OK     then for each request a status and its detail:
 --            ISSUED   the record
@@ -99,10 +100,13 @@ for i = 1, counter_count do
   at, key_at = at + 3, key_at + 2
 end
 
-local plans = {}
+local plans = {['0'] = {}} -- by their index as it is written in a request: nothing to convert for each
 for i = 1, plan_count do
   local plan = {}
   local candidate_count = integer(at, 0)
+  if bad then -- here, not after the loop: nothing else bounds the number of plans
+    return redis.error_reply('BADCALL argument ' .. bad .. ' of issue')
+  end
   at = at + 1
   for c = 1, candidate_count do
     local candidate = {
@@ -123,21 +127,25 @@ for i = 1, plan_count do
     end
     plan[c] = candidate
   end
-  plans[i] = plan
+  plans[string.format('%d', i)] = plan
 end
 
-if #ARGV ~= at - 1 + 6 * request_count then
+if #ARGV ~= at - 1 + 3 * request_count then
   return redis.error_reply('BADCALL number of arguments of issue')
 end
-local quantities, vouchers = {}, 0
+local shapes, vouchers = {}, 0 -- shapes: most requests of a batch ask for the same, so each text is read once
 for i = 1, request_count do
-  local first = at + 6 * (i - 1)
-  local plan = integer(first, 0)
-  quantities[i] = integer(first + 1, 1)
-  if bad or plan > plan_count then
-    return redis.error_reply('BADCALL argument ' .. (bad or first) .. ' of issue')
+  local text = ARGV[at + 3 * (i - 1)]
+  local shape = shapes[text]
+  if not shape then
+    local plan, quantity, looked_up = string.match(text, '^(%d+):(%d+):([01])$')
+    shape = {plan = plans[plan or ''], quantity = tonumber(quantity or 0), looked_up = looked_up == '1'}
+    if not shape.plan or shape.quantity < 1 or shape.quantity > 1000000 then
+      return redis.error_reply('BADCALL argument ' .. at + 3 * (i - 1) .. ' of issue')
+    end
+    shapes[text] = shape
   end
-  vouchers = vouchers + quantities[i]
+  vouchers = vouchers + shape.quantity
 end
 
 -- read: state ----------------------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ for _, pool in ipairs(pools) do
   local stock, exhausted, low = unpack(redis.call('HMGET', pool.hash, 'stock', 'exhausted', 'low'))
   pool.exhausted = stock and stock == exhausted
   pool.low = count_of(low, pool.hash)
-  pool.loaded, pool.taken, pool.codes, pool.asides = 0, 0, {}, {}
+  pool.loaded, pool.taken, pool.usable, pool.codes, pool.asides = 0, 0, 0, {}, {}
 end
 
 local replays = request_count > 0 and redis.call('MGET', unpack(KEYS, key_at)) or {}
@@ -171,7 +179,7 @@ local replays = request_count > 0 and redis.call('MGET', unpack(KEYS, key_at)) o
 -- Looks ahead in a window until `count` codes beyond those taken are at hand; steps over codes with too little life.
 local function at_hand(pool, count)
   local codes = pool.codes
-  while #codes - pool.taken < count do
+  while pool.usable - pool.taken < count do
     if pool.blocked or pool.loaded >= pool.length then
       return false
     end
@@ -180,13 +188,18 @@ local function at_hand(pool, count)
       return false
     end
     for i = 1, #ahead do
-      local expires = tonumber(string.match(ahead[i], '^(%d+)\t'))
-      if not expires then
-        broken = pool.window
-        return false
+      -- codes of one lot begin alike, with their expiry, which is looked at once
+      local begins = string.sub(ahead[i], 1, 11)
+      if begins ~= pool.begins then
+        pool.begins, pool.expires = begins, tonumber(string.match(ahead[i], '^(%d+)\t'))
+        if not pool.expires then
+          broken = pool.window
+          return false
+        end
       end
-      if expires > now + pool.least_life then
-        codes[#codes + 1] = ahead[i]
+      if pool.expires > now + pool.least_life then
+        pool.usable = pool.usable + 1
+        codes[pool.usable] = ahead[i]
       elseif aside_left > 0 and room > 0 then
         aside_left, room = aside_left - 1, room - 1
         pool.asides[#pool.asides + 1] = ahead[i]
@@ -211,13 +224,13 @@ end
 
 -- decide ---------------------------------------------------------------------------------------------------------
 local reply = {'OK', nonce, open, now}
-local issued, records = {}, {} -- issued: text by replay key; records: in order of their codes
-local record_keys = {}
-local codes_issued = 0
+local issued, records, record_keys = {}, {}, {} -- issued: text by replay key; records: in order of their codes
+local records_made, codes_issued = 0, 0
+local issued_at = '\n' .. string.format('%d', now) .. '\n'
 
 local function decide(i)
-  local first = at + 6 * (i - 1)
-  local payload, key = ARGV[first + 4], KEYS[key_at + i - 1]
+  local first = at + 3 * (i - 1)
+  local shape, payload, key = shapes[ARGV[first]], ARGV[first + 1], KEYS[key_at + i - 1]
   local record = issued[key] or replays[i]
   if record then
     local layout_end = string.find(record, '\n', 1, true) or 0
@@ -226,10 +239,10 @@ local function decide(i)
     end
     return 'REUSED', ''
   end
-  if restoring and ARGV[first + 2] ~= '1' then
+  if restoring and not shape.looked_up then
     return 'LOOKUP', ''
   end
-  local plan, quantity, terminal = plans[tonumber(ARGV[first])] or {}, quantities[i], ARGV[first + 3]
+  local plan, quantity = shape.plan, shape.quantity
   local stops = {}
   for c = 1, #plan do
     local candidate = plan[c]
@@ -241,7 +254,7 @@ local function decide(i)
     else
       for k = 1, #candidate do
         local cap = candidate[k]
-        local field = cap.per_terminal and cap.field .. terminal or cap.field
+        local field = cap.per_terminal and cap.field .. string.match(payload, '^[^\t]*') or cap.field
         take = math.min(take, cap.limit - used(cap.counter, field))
       end
       if take <= 0 then
@@ -263,7 +276,7 @@ local function decide(i)
       room = room - take
       for k = 1, #candidate do
         local cap = candidate[k]
-        local field = cap.per_terminal and cap.field .. terminal or cap.field
+        local field = cap.per_terminal and cap.field .. string.match(payload, '^[^\t]*') or cap.field
         local counter = cap.counter
         counter.used[field] = counter.used[field] + take
         if not counter.added[field] then
@@ -272,13 +285,16 @@ local function decide(i)
         -- two caps may share a counter (distributor and day, say), never a field: one rule, one limit
         counter.added[field] = (counter.added[field] or 0) + take
       end
-      local codes = table.concat(pool.codes, '\n', pool.taken + 1, pool.taken + take)
+      local codes = pool.codes[pool.taken + 1]
+      if take > 1 then
+        codes = table.concat(pool.codes, '\n', pool.taken + 1, pool.taken + take)
+      end
       pool.taken = pool.taken + take
       codes_issued = codes_issued + take
-      record = '1\n' .. payload .. '\n' .. ARGV[first + 5] .. '\n' .. string.format('%d', now) .. '\n'
-        .. candidate.rule .. '\n' .. codes
+      record = '1\n' .. payload .. '\n' .. ARGV[first + 2] .. issued_at .. candidate.rule .. '\n' .. codes
       issued[key] = record
-      records[#records + 1], record_keys[#record_keys + 1] = record, key
+      records_made = records_made + 1
+      records[records_made], record_keys[records_made] = record, key
       return 'ISSUED', record
     end
     stops[c] = stop
@@ -306,7 +322,7 @@ if leaving > 0 then
   redis.call('XADD', outbox_key, '*', 'generation', open, 'seq', string.format('%d', seq + 1),
     'codes', string.format('%d', leaving),
     'issued', table.concat(records, '\30'), 'asides', table.concat(asides, '\30'))
-  for i = 1, #records do
+  for i = 1, records_made do
     redis.call('SET', record_keys[i], records[i], 'EX', retention)
   end
   redis.call('HSET', totals_key, 'seq', string.format('%d', seq + 1))

@@ -5,7 +5,8 @@ bytes are the replay record, the outbox's content and the source of every answer
 byte-identical.  Its first line is the layout; a new layout gets a new number and keeps the old reader.
 
     1                                     layout
-    <payload>                             what the client asked for, canonical; compared on a replay
+    <payload>                             what the client asked for, canonical, after the terminal (may be '') and a
+                                          tab; compared on a replay
     <api>                                 v1
     <distributor>
     <client>                              whose keys these are; the distributor itself on v1
@@ -82,7 +83,7 @@ class Record(msgspec.Struct, frozen=True):
     @property
     def terminal(self) -> str:
         """The device that asked; '' on an API that knows no terminals."""
-        return self.payload.split("\t", 1)[0] if self.api == "v1" else ""
+        return self.payload.split("\t", 1)[0]
 
     def pack(self) -> str:
         head = (LAYOUT, self.payload, self.api, self.distributor, self.client, self.key, str(self.issued_at))
@@ -103,8 +104,8 @@ class Record(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True):
     """One request as the hot path sees it, whichever API it came by.  All fields are validated.
 
-    ``payload`` is the canonical text compared on a replay, ``products`` what to look for in this order,
-    ``quantity`` 1..20 codes under this one key.
+    ``payload`` is the canonical text compared on a replay and begins with the terminal and a tab, ``products`` what
+    to look for in this order, ``quantity`` 1..20 codes under this one key.
     """
 
     api: str

@@ -306,7 +306,7 @@ class Scripts:
             api, client, key = request.api, request.client, request.key
             replay_keys.append(f"{replay_key}{api}:{client}:{key}")
             request_args += (
-                index, request.quantity, 1 if routed.looked_up else 0, request.terminal, request.payload,
+                f"{index}:{request.quantity}:{1 if routed.looked_up else 0}", request.payload,
                 f"{api}\n{request.distributor}\n{client}\n{key}",
             )  # fmt: skip
         nonce = secrets.token_hex(8)

@@ -190,6 +190,10 @@ class Refill:
             if books is None:
                 return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
             last = books.windows[pool].lease
+        seen = await self._scripts.generation()
+        if not seen.agrees or seen.open != generation:
+            # An older copy of the data, which nothing is issued from: the partition is rolled, the chain is not forked.
+            return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
         return None
 
     async def _fork(self, generation: int, pool: str) -> Refilled:
