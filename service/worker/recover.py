@@ -140,7 +140,7 @@ class Recover:
     async def _disown(self) -> Generation:
         """Afterwards no script accepts what this server has open: nothing may be issued from it while it is left."""
         try:
-            await self._scripts.redis.hdel(keys.generation(self._partition), "replid")
+            await self._scripts.redis.hdel(keys.generation(self._partition), "replid", "run_id")
         except RedisError as error:
             raise RedisUnreachable from error
         log.warning("a generation that was left is open again", partition=self._partition)

@@ -187,13 +187,10 @@ class Refill:
             if end is not None and last in (end.id, end.predecessor):
                 return end
             books = await self._scripts.books([pool], generation=generation)
-            if books is None:
+            # An older copy of the data ends its chain earlier; nothing is issued from it, and it is no fork.
+            if books is None or not (await self._scripts.generation()).agrees:
                 return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
             last = books.windows[pool].lease
-        seen = await self._scripts.generation()
-        if not seen.agrees or seen.open != generation:
-            # An older copy of the data, which nothing is issued from: the partition is rolled, the chain is not forked.
-            return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
         return None
 
     async def _fork(self, generation: int, pool: str) -> Refilled:

@@ -294,9 +294,9 @@ def test_quarantine_is_named_and_no_finding(store: OnStage, tmp_path: Path) -> N
     report = orjson.loads(ok("audit", "--quarantine", "--json").stdout)
     assert [one["codes"] for one in report["quarantine"]] == [37]
     assert len(report["quarantined_codes"]) == 37
-    assert {"lot", "seq", "serial", "pool", "generation"} <= set(report["quarantined_codes"][0])
+    assert {"lot", "seq", "serial_number", "pool", "generation"} <= set(report["quarantined_codes"][0])
     shown = ok("audit", "--quarantine").stdout
-    assert report["quarantined_codes"][-1]["serial"] in shown
+    assert report["quarantined_codes"][-1]["serial_number"] in shown
     assert orjson.loads(ok("status", "--json").stdout)["quarantined"] == 37
 
 

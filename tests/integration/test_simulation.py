@@ -29,7 +29,7 @@ HOLES: dict[str, tuple[str, str, str, Family, str]] = {
     "fence check": ("issue", "if fence > version then", "if false then", "calm", "P6"),
     "identity check": ("issue", "or replid ~= present or", "or", "redis", "P1"),
     "predecessor check": ("restock", "if last ~= ARGV[3] then", "if false then", "network", "P1"),
-    "look into the ledger": ("issue", "if restoring and ARGV[first + 2] ~= '1' then", "if false then", "redis", "P3"),
+    "look into the ledger": ("issue", "if restoring and not shape.looked_up then", "if false then", "redis", "P3"),
     "stock version": ("issue", "stock and stock == exhausted", "exhausted", "calm", "P4"),
 }
 
