@@ -379,10 +379,10 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_scripts_in_any_order_in_memory() -> None:
-    run_state_machine_as_test(Machine, settings=settings(max_examples=15, stateful_step_count=40))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=8, stateful_step_count=40))
 
 
-@pytest.mark.parametrize(("name", "examples"), [("valkey", 12), ("redis-server", 6)])
+@pytest.mark.parametrize(("name", "examples"), [("valkey", 10), ("redis-server", 5)])
 def test_scripts_in_any_order_on_a_real_server(name: str, examples: int, servers_dir: Path) -> None:
     server = own_server(name, servers_dir)
     try:
