@@ -171,7 +171,7 @@ class Machine(RuleBasedStateMachine):
         routed = []
         for key, quantity, terminal, which, looked_up, payload in batch:
             asked = request(
-                f"r{key}", quantity=quantity, terminal=terminal, distributor="D1", payload=payload or f"{key}"
+                f"r{key}", quantity=quantity, terminal=terminal, distributor="D1", payload=f"{terminal}\t{payload or key}"
             )
             # The ledger is asked whether a key is really new; one that it knows is never said to be.
             routed.append(Routed(asked, PLANS[which], looked_up=looked_up and asked.key not in self.ledger))
@@ -272,7 +272,7 @@ class Machine(RuleBasedStateMachine):
     @rule(key=KEYS)
     def replay(self, key: int) -> None:
         now = self.run(self.bench.now())
-        asked = request(f"r{key}", distributor="D1", payload=f"{key}")
+        asked = request(f"r{key}", terminal="T1", distributor="D1", payload=f"T1\t{key}")
         reply = self.run(self.bench.scripts.replay([asked], generation=self.bench.generation, version=self.fence))
         known = self.known.get(asked.key)
         if known is None or known.until < now:

@@ -16,7 +16,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from service import catalogue
-from service.catalogue import Campaign, Cap, Catalogue, Pool, Snapshot, encode
+from service.catalogue import Campaign, Cap, CapHolder, Catalogue, Pool, Snapshot, encode
 from service.domain import Considered, Record, Request, Stop, Unavailable
 from service.scripts import Routed
 from tests.scripting import YEAR_S, Bench, MemoryServer
@@ -106,15 +106,13 @@ def _same_period(period: str, one: datetime, other: datetime) -> bool:
 
 # --- what may be asked ----------------------------------------------------------------------------------------------
 
-caps = st.lists(
-    st.builds(
-        Cap,
-        st.sampled_from(["campaign", "distributor", "terminal"]),
-        st.sampled_from(["total", "day", "hour"]),
-        st.integers(0, 3),
-    ),
-    max_size=2,
-).map(tuple)
+
+def caps_per(*holders: CapHolder) -> st.SearchStrategy[tuple[Cap, ...]]:
+    """Caps that ``store/control.py`` would let in: no holder and period twice."""
+    one = st.builds(Cap, st.sampled_from(holders), st.sampled_from(["total", "day", "hour"]), st.integers(0, 3))
+    return st.lists(one, max_size=2, unique_by=lambda cap: (cap.holder, cap.period)).map(tuple)
+
+
 
 campaigns = st.builds(
     Campaign,
@@ -127,9 +125,9 @@ campaigns = st.builds(
     until=st.sampled_from([0, 0, 0, START - 50, START + 1_000, START + 90_000]),
     paused=st.sampled_from([False, False, False, True]),
     time_zone=st.sampled_from(ZONES),
-    caps=caps,
+    caps=caps_per("campaign", "distributor", "terminal"),
     assigned=st.sampled_from([DISTRIBUTORS, DISTRIBUTORS, DISTRIBUTORS, ("D1",), ("D2",), ()]).flatmap(
-        lambda assigned: st.fixed_dictionaries(dict.fromkeys(assigned, caps))
+        lambda assigned: st.fixed_dictionaries(dict.fromkeys(assigned, caps_per("distributor", "terminal")))
     ),
 )
 
