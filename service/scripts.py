@@ -36,7 +36,8 @@ from service.domain import RECORD_SEPARATOR, Code, Request
 from service.errors import Misconfigured, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
-    "issue", "replay", "restock", "stock", "exhausted", "publish", "open", "restore", "flushed", "books", "rights",
+    "issue", "replay", "restock", "stock", "exhausted", "publish", "open", "restore", "flushed", "forget", "books",
+    "rights",
 )  # fmt: skip
 
 # Codes set aside by one call: enough that an expired lot of a full window is stepped over within a few hundred
@@ -473,6 +474,12 @@ class Scripts:
             [group, last_seq, *(value for entry in entries for value in entry)],
         )
         return int(raw[1])
+
+    async def forget(self, found: Sequence[str], *, generation: int) -> tuple[Literal["OK", "OPEN", "HELD"], int]:
+        """Runs ``lua/forget.lua``: unlinks the keys ``found`` of a generation that was left; says how many there were."""
+        p = self.partition
+        raw = await self._call("forget", [self._generation, keys.outbox(p, generation), *found], [generation])
+        return raw[0], int(raw[1])
 
     async def books(self, pools: Sequence[str], *, generation: int) -> Books | None:
         """Runs ``lua/books.lua``: the books of ``generation`` over ``pools``, or None if another one is open."""

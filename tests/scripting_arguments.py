@@ -79,6 +79,8 @@ async def prepare(bench: Bench) -> dict[str, Call]:
     both = plan(candidate(pool="Q", starts_at=now + 9_000), first)
     await bench.issue(Routed(request("old"), plan(candidate(pool="Q"))))
     await bench.issue(Routed(request("older"), plan(candidate(pool="Q"))))
+    await bench.redis.rpush(keys.window(0, 3, "P"), "a code of a generation that was left")
+    await bench.redis.hset(keys.totals(0, 3), "seq", 3)
     entries = [(entry, int(fields["codes"])) for entry, fields in await bench.outbox()]
     code, *_ = codes = bench.codes(3, expires_at=now + YEAR_S)
     record = Record(
@@ -105,6 +107,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
             open_generation=1, generation=1, retention_s=86_400,
         ),
         doors.flushed("ledger", entries, generation=1, last_seq=2),
+        doors.forget([keys.window(0, 3, "P"), keys.totals(0, 3)], generation=3),
         doors.books(["P", "Q"], generation=1),
         doors.rights(["get", "set"]),
     ):  # fmt: skip

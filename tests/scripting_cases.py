@@ -643,6 +643,23 @@ class ScriptCases:
         assert await bench.scripts.flushed("ledger", [(ids[3], 4)], generation=1, last_seq=4) == 0
         await bench.redis.hset(keys.totals(0, 1), "codes", 0)
 
+    async def test_only_a_generation_that_was_left_and_is_flushed_is_forgotten(self, bench: Bench) -> None:
+        await bench.restock(count=3)
+        await bench.words(Routed(request(), plan()))
+        of_it = [keys.window(0, 1, "P"), keys.pool(0, 1, "P"), keys.outbox(0, 1), keys.totals(0, 1)]
+        before = await bench.contents()
+        assert await bench.scripts.forget(of_it, generation=1) == ("OPEN", 0)
+        assert await bench.contents() == before
+        [(entry, _)] = await bench.outbox()
+        assert await bench.open(2) == "OK"
+        before = await bench.contents()
+        assert await bench.scripts.forget(of_it, generation=1) == ("HELD", 0)
+        assert await bench.contents() == before
+        await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, last_seq=1)
+        assert await bench.scripts.forget([*of_it, keys.window(0, 1, "Q")], generation=1) == ("OK", 4)
+        assert [key for key in await bench.contents() if key in of_it] == []
+        await bench.redis.flushall()
+
     async def test_books_say_what_is_there(self, bench: Bench) -> None:
         await bench.restock("P", 5, expires_at=await bench.now() - 1)
         await bench.restock("P", 5, stock_version=2)

@@ -253,22 +253,22 @@ class Recover:
         return restored
 
     async def _unlink(self, generation: int) -> int:
-        """Unlinks the keys of a closed generation, unless its outbox still holds something."""
-        redis = self._scripts.redis
-        try:
-            if await redis.xlen(keys.outbox(self._partition, generation)):
-                return 0
-            unlinked, cursor = 0, 0
-            while True:
-                cursor, found = await redis.scan(
+        """Unlinks the keys of a closed generation, unless its outbox still holds something or it is open here."""
+        unlinked, cursor = 0, 0
+        while True:
+            try:
+                cursor, found = await self._scripts.redis.scan(
                     cursor, match=keys.of_generation(self._partition, generation), count=UNLINK_MAX
                 )
-                if found:
-                    unlinked += await redis.unlink(*found)
-                if cursor == 0:
+            except RedisError as error:
+                raise RedisUnreachable from error
+            if found:
+                status, count = await self._scripts.forget(found, generation=generation)
+                if status != "OK":
                     return unlinked
-        except RedisError as error:
-            raise RedisUnreachable from error
+                unlinked += count
+            if cursor == 0:
+                return unlinked
 
 
 def _counted_from(own: dict[tuple[str, str, str, str], int], distributor: str, holder: str) -> int | None:

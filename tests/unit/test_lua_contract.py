@@ -21,9 +21,9 @@ READS: Final = frozenset(
     {"EXISTS", "GET", "HGET", "HMGET", "INFO", "LLEN", "LRANGE", "MGET", "TIME", "XLEN", "ZCARD"}
 )  # fmt: skip
 WRITES: Final = frozenset(
-    {"EXPIREAT", "HDEL", "HINCRBY", "HSET", "LPOP", "LREM", "RPUSH", "SET", "XACK", "XADD", "XDEL", "ZADD"}
+    {"EXPIREAT", "HDEL", "HINCRBY", "HSET", "LPOP", "LREM", "RPUSH", "SET", "UNLINK", "XACK", "XADD", "XDEL", "ZADD"}
 )  # fmt: skip
-ONLY_FREE: Final = frozenset({"XACK", "XDEL", "HINCRBY", "HSET"})  # in a script that may run when memory is full
+ONLY_FREE: Final = frozenset({"XACK", "XDEL", "HINCRBY", "HSET", "UNLINK"})  # in a script that may run when memory is full
 KEY_TYPES: Final = "string|hash|list|stream|sorted set"
 CALL: Final = re.compile(r"redis\.call\('([A-Z]+)'")
 
