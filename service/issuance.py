@@ -14,7 +14,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -114,20 +115,27 @@ class Issuer:
 
     # --- what the web asks ---------------------------------------------------------------------------------------
 
-    async def issue(self, token: str, request: Request) -> Outcome:
-        """The outcome of one request.  Whatever it is, sending the same request again is safe.
+    def submit(self, token: str, request: Request, answered: Callable[[Outcome], None]) -> None:
+        """Calls ``answered`` once, now or later, with the outcome.  Whatever it is, sending the request again is safe.
 
-        ``Issued`` is durable when it is returned.  ``Busy`` may mean that the outcome is unknown: the same key gets
-        the same voucher then.  Everything else: nothing was issued.
+        ``Issued`` is durable when it is told.  ``Busy`` may mean that the outcome is unknown: the same key gets the
+        same voucher then.  Everything else: nothing was issued.
         """
-        if (busy := self._busy()) is not None:
-            return busy
-        if self._queued_vouchers + request.quantity > self._queue_max:
-            return OVERLOADED
-        waiting = _Waiting(token, request, asyncio.get_running_loop().create_future(), self._clock() + self._deadline_s)
-        self._queue.append(waiting)
+        busy = self._busy()
+        if busy is None and self._queued_vouchers + request.quantity > self._queue_max:
+            busy = OVERLOADED
+        if busy is not None:
+            answered(busy)
+            return
+        self._queue.append(_Waiting(token, request, answered, self._clock() + self._deadline_s))  # type: ignore[arg-type]
         self._queued_vouchers += request.quantity
-        return await self._answer_to(waiting)  # type: ignore[return-value]
+        self._expect_answer()
+
+    async def issue(self, token: str, request: Request) -> Outcome:
+        """The outcome of one request, as ``submit`` tells it."""
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.submit(token, request, partial(_settle, outcome))
+        return await outcome
 
     async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy:
         """Whose ``token`` is, by a catalogue that was in force after this call began."""
@@ -135,9 +143,11 @@ class Issuer:
             return busy
         if len(self._checks) >= CHECKS_MAX:
             return OVERLOADED
-        waiting = _Waiting(token, None, asyncio.get_running_loop().create_future(), self._clock() + self._deadline_s)
-        self._checks.append(waiting)
-        return await self._answer_to(waiting)  # type: ignore[return-value]
+        who: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._checks.append(_Waiting(token, None, partial(_settle, who), self._clock() + self._deadline_s))
+        self._expect_answer()
+        checked: Authenticated | Unauthorized | Suspended | Busy = await who
+        return checked
 
     @property
     def ready(self) -> bool:
@@ -189,7 +199,7 @@ class Issuer:
         for waiting in batch:
             if waiting.deadline < overdue:
                 self._answer(waiting, REFILLING if waiting.refill_pause_s > REFILL_RETRY_S_MIN else OVERLOADED)
-        batch = [waiting for waiting in batch if not waiting.answer.done()]
+        batch = [waiting for waiting in batch if not waiting.done]
         for _ in range(ATTEMPTS_MAX):
             if not batch:
                 return
@@ -359,8 +369,13 @@ class Issuer:
         self._work_to_do.set()
 
     def _answer(self, waiting: _Waiting, outcome: Outcome | Authenticated) -> None:
-        if not waiting.answer.done():  # the client may have gone
-            waiting.answer.set_result(outcome)
+        if waiting.done:
+            return
+        waiting.done = True
+        self._waiting -= 1
+        if not self._waiting:
+            self._idle.set()
+        waiting.answered(outcome)
 
     def _answer_all(self, batch: Iterable[_Waiting], outcome: Outcome) -> None:
         for waiting in batch:
@@ -368,16 +383,10 @@ class Issuer:
 
     # --- bounds --------------------------------------------------------------------------------------------------
 
-    async def _answer_to(self, waiting: _Waiting) -> Outcome | Authenticated:
+    def _expect_answer(self) -> None:
         self._waiting += 1
         self._idle.clear()
         self._work_to_do.set()
-        try:
-            return await waiting.answer
-        finally:
-            self._waiting -= 1
-            if not self._waiting:
-                self._idle.set()
 
     def _busy(self) -> Busy | None:
         if self._draining:
@@ -406,8 +415,9 @@ class _Waiting(msgspec.Struct, eq=False):
 
     token: str
     request: Request | None
-    answer: asyncio.Future[Outcome | Authenticated]
+    answered: Callable[[Outcome | Authenticated], None]
     deadline: float
+    done: bool = False
     admitted: bool = False
     looked_up: bool = False
     refill_pause_s: float = REFILL_RETRY_S_MIN
@@ -447,6 +457,11 @@ DISTRIBUTOR_MISMATCH: Final = Unauthorized("distributor_mismatch")
 SUSPENDED: Final = Suspended()
 RATE_LIMITED: Final = RateLimited()
 KEY_REUSED: Final = KeyReused()
+
+
+def _settle(future: asyncio.Future[Any], outcome: object) -> None:
+    if not future.done():  # whoever waited may have gone
+        future.set_result(outcome)
 
 
 def _settled(answer: Answer) -> Issued | KeyReused:

@@ -476,7 +476,7 @@ class Scripts:
         return int(raw[1])
 
     async def forget(self, found: Sequence[str], *, generation: int) -> tuple[Literal["OK", "OPEN", "HELD"], int]:
-        """Runs ``lua/forget.lua``: unlinks the keys ``found`` of a generation that was left; says how many there were."""
+        """Runs ``lua/forget.lua``: the keys ``found`` of a generation that was left are gone; how many there were."""
         p = self.partition
         raw = await self._call("forget", [self._generation, keys.outbox(p, generation), *found], [generation])
         return raw[0], int(raw[1])

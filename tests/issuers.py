@@ -62,6 +62,7 @@ class FakeIssuer:
         self.draining = False
         self._records: dict[str, str] = {}
         self._payloads: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[Outcome]] = set()
 
     @property
     def ready(self) -> bool:
@@ -78,6 +79,14 @@ class FakeIssuer:
         if self.authentication is not None:
             return self.authentication
         return Authenticated(DISTRIBUTOR) if token == TOKEN else Unauthorized("token_unknown")
+
+    def submit(self, token: str, request: Request, answered: Callable[[Outcome], None]) -> None:
+        if self.fault is not None:
+            raise self.fault
+        task = asyncio.ensure_future(self.issue(token, request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: answered(done.result()))
 
     async def issue(self, token: str, request: Request) -> Outcome:
         self.asked.append(request)

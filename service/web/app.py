@@ -1,14 +1,15 @@
 """The ASGI application of the public port: the one place where its parts are put together.
 
-The voucher request is dispatched here, ahead of Starlette's router and middleware, which cost 10 us a request;
-every other path goes through Starlette.  Whatever happens, the answer is in the contract's form.
+A plain voucher request gets here past ASGI (``begin``), any other one ahead of Starlette's router and middleware,
+which cost 10 us a request; every other path goes through Starlette.  Whatever happens, the answer is in the
+contract's form.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from time import perf_counter
 
 import structlog
@@ -19,9 +20,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
+from service.domain import Outcome
 from service.logs import where
 from service.web.problems import Answer, method_not_allowed, problem
-from service.web.v1 import PATH, Issuing, VoucherRequests
+from service.web.v1 import PATH, Issuing, VoucherRequests, plain, told
 
 
 class App:
@@ -50,6 +52,28 @@ class App:
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body})
         self.tally.count(answer.status, answer.code, perf_counter() - began)
+
+    def begin(self, headers: dict[bytes, bytes], body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+        """Answers a voucher request that came whole, by calling ``answered`` once.  False: it is not a plain one (or
+        not one at all), nothing was done, and ``__call__`` answers it."""
+        began = perf_counter()
+        if (asked := plain(headers, body)) is None:
+            return False
+        token, request = asked
+
+        def tell(outcome: Outcome) -> None:
+            try:
+                answer = told(outcome, request)
+            except Exception as fault:  # noqa: BLE001 - as above
+                answer = defect(fault, PATH)
+            answered(answer)
+            self.tally.count(answer.status, answer.code, perf_counter() - began)
+
+        try:
+            self._issuer.submit(token, request, tell)
+        except Exception as fault:  # noqa: BLE001 - as above
+            answered(defect(fault, PATH))
+        return True
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

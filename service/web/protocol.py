@@ -8,7 +8,8 @@ each other, and is answered in plain text.  Here:
 * what is no HTTP is answered with problem+json;
 * an answer that is given before a large body was read reaches the client: the connection is half closed, and a
   little more of the body is read and thrown away before it is closed (closing at once would reset it);
-* on shutdown, an idle connection is kept for a moment, so that a request that is just on its way is answered.
+* on shutdown, an idle connection is kept for a moment, so that a request that is just on its way is answered;
+* a plain voucher request goes past ASGI (``exchange.py``); whatever is unusual about one takes the usual way.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service import metrics
+from service.web.exchange import Exchange, Lane
 from service.web.problems import problem
-from service.web.v1 import BODY_MAX
+from service.web.v1 import BODY_MAX, PATH
 
 HEADERS_MAX: Final = 64  # a partner's client sends about ten, proxies add a few each
 HEADER_BYTES_MAX: Final = 16_384  # request line and headers; what most proxies in front allow
@@ -33,7 +35,9 @@ LINGER_BYTES: Final = 1_048_576  # read and thrown away meanwhile: most of what 
 PARTING_MAX: Final = 128  # connections over the limit that are told so; past it they are cut
 IDLE_GRACE_S: Final = 0.25  # on shutdown: many times what a request needs to get here
 
+_PLAIN_DIGITS_MAX: Final = 4  # of a plain request's Content-Length: below BODY_MAX whatever they are
 _SINGLE: Final = (b"host", b"authorization", b"content-length")
+_VOUCHER_URL: Final = PATH.encode()
 
 
 class _RefusalError(Exception):
@@ -45,6 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     receive_timeout_s: ClassVar[float]
     connections_max: ClassVar[int]
+    lane: ClassVar[Lane | None]
 
     def __init__(
         self,
@@ -181,7 +186,10 @@ class BoundedProtocol(HttpToolsProtocol):
             raise self._refused("overloaded")
         if self.parser.should_upgrade():
             return  # it will be read again
-        super().on_headers_complete()
+        if self.lane is not None and self.url == _VOUCHER_URL and self._is_plain(named):
+            self._begin_exchange(named)
+        else:
+            super().on_headers_complete()
         self.headed = True
         if self.draining:
             self.cycle.keep_alive = False
@@ -196,7 +204,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self.received = 0
         if self.timer is not None:
             self._disarm()
-        super().on_message_complete()
+        exchange: Any = self.cycle
+        if not isinstance(exchange, Exchange):
+            super().on_message_complete()
+        elif self.lane is None or not self.lane.begin(exchange.headers, exchange.body, exchange.answered):
+            self._leave_to_asgi(exchange)
+        elif not exchange.response_complete:
+            self.tasks.add(exchange)  # type: ignore[arg-type]  # what uvicorn waits for before it stops, and cancels
 
     def on_response_complete(self) -> None:
         if self.lingering:
@@ -207,6 +221,40 @@ class BoundedProtocol(HttpToolsProtocol):
             self._part(self.parting)
         else:
             super().on_response_complete()
+
+    # --- past ASGI
+
+    def _is_plain(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether it is likely that ``lane`` takes the request, whose body is yet to come."""
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and len(headers) == len(self.headers)
+            and headers.get(b"content-type") == b"application/json"
+            and len(headers.get(b"content-length", b"none at all")) <= _PLAIN_DIGITS_MAX
+            and b"expect" not in headers
+            and not self.flow.write_paused
+            and self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+        )
+
+    def _begin_exchange(self, headers: dict[bytes, bytes]) -> None:
+        exchange: Any = Exchange(  # Any: nothing says so, but it is all that uvicorn asks of a cycle
+            headers, self.transport, self.server_state.default_headers, self.parser.should_keep_alive(),
+            self._exchange_done,
+        )  # fmt: skip
+        self.cycle = exchange
+
+    def _exchange_done(self, exchange: Any) -> None:
+        self.tasks.discard(exchange)
+        self.on_response_complete()
+
+    def _leave_to_asgi(self, exchange: Exchange) -> None:
+        """It was not a plain one: what is said of it is said by the application, as if it had come there first."""
+        self.cycle = None  # type: ignore[assignment]
+        super().on_headers_complete()
+        self.cycle.keep_alive = self.cycle.keep_alive and exchange.keep_alive
+        self.cycle.body += exchange.body
+        super().on_message_complete()
 
     def _header_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
@@ -321,11 +369,12 @@ class _Lingering(asyncio.Transport):
             self._protocol._linger()
 
 
-def bounded(*, receive_timeout_ms: int, connections_max: int) -> type[BoundedProtocol]:
+def bounded(lane: Lane | None = None, *, receive_timeout_ms: int, connections_max: int) -> type[BoundedProtocol]:
     """The protocol class for uvicorn's ``http`` setting.
 
     A request must be whole ``receive_timeout_ms`` after its first byte; past ``connections_max`` open connections
-    of this process, a new one is answered 503 `overloaded` at once.
+    of this process, a new one is answered 503 `overloaded` at once.  ``lane`` answers plain voucher requests,
+    the application all others.
     """
 
     class Protocol(BoundedProtocol):
@@ -333,4 +382,5 @@ def bounded(*, receive_timeout_ms: int, connections_max: int) -> type[BoundedPro
 
     Protocol.receive_timeout_s = receive_timeout_ms / 1000
     Protocol.connections_max = connections_max
+    Protocol.lane = lane
     return Protocol

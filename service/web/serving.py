@@ -123,7 +123,7 @@ def configured(app: App, settings: Settings, *, connections_max: int) -> uvicorn
     return uvicorn.Config(
         app,
         interface="asgi3",
-        http=bounded(receive_timeout_ms=settings.receive_timeout_ms, connections_max=connections_max),
+        http=bounded(app, receive_timeout_ms=settings.receive_timeout_ms, connections_max=connections_max),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -45,6 +45,7 @@ class Issuing(Protocol):
 
     @property
     def ready(self) -> bool: ...
+    def submit(self, token: str, request: Request, answered: Callable[[Outcome], None]) -> None: ...
     async def issue(self, token: str, request: Request) -> Outcome: ...
     async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy: ...
     def start(self) -> None: ...
@@ -93,30 +94,12 @@ class VoucherRequests:
         if len(body) > BODY_MAX:
             return await self._unless_unauthorized(token, problem("too_large"))
 
-        try:
-            if not body.isascii():
-                body.decode("utf-8")
-            asked = _DECODER.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        request = _requested(body)
+        if request is None:
             return await self._unless_unauthorized(token, _explained(body))
-        request_id, distributor, terminal, products = (
-            asked.request_id, asked.distributor_id, asked.terminal_id, asked.product_ids,
-        )  # fmt: skip
-        listed = ",".join(products)
-        if not _FIELDS(f"{request_id}\n{distributor}\n{terminal}\n{listed}") or listed.count(",") != len(products) - 1:
-            return await self._unless_unauthorized(token, _explained(body))
-        if b"idempotency-key" in headers and not _same_keys(pairs, request_id):
-            return await self._key_mismatch(token, distributor, request_id)
-
-        request = Request(
-            "v1", distributor, request_id, distributor, terminal,
-            products if len(products) == 1 else tuple(dict.fromkeys(products)),
-            f"{terminal}\t{listed}",
-        )  # fmt: skip
-        outcome = await self._issuer.issue(token, request)
-        if type(outcome) is Issued:
-            return rendered(outcome)
-        return _refused(outcome, request)
+        if b"idempotency-key" in headers and not _same_keys(pairs, request.key):
+            return await self._key_mismatch(token, request.distributor, request.key)
+        return told(await self._issuer.issue(token, request), request)
 
     async def _unless_unauthorized(self, token: str, malformed: Answer) -> Answer:
         """``malformed``, unless the token is not in force: that is looked at first."""
@@ -134,6 +117,25 @@ class VoucherRequests:
                 return problem("distributor_mismatch", request_id=request_id)
             case _:
                 return problem("key_mismatch", request_id=request_id)
+
+
+def plain(headers: dict[bytes, bytes], body: bytes | bytearray) -> tuple[str, Request] | None:
+    """The token and the request, if nothing about a POST with these headers is wrong or unusual."""
+    authorization = headers.get(b"authorization", b"")
+    if len(authorization) > AUTHORIZATION_MAX:
+        return None
+    token, refusal = _token(authorization)
+    if refusal or (request := _requested(body)) is None:
+        return None
+    key = headers.get(b"idempotency-key")
+    return (token, request) if key is None or key == request.key.encode() else None
+
+
+def told(outcome: Outcome, request: Request) -> Answer:
+    """What the client is told.  Raises ValueError if its record is of a layout that this version does not read."""
+    if type(outcome) is Issued:
+        return rendered(outcome)
+    return _refused(outcome, request)
 
 
 def _refused(outcome: Outcome, request: Request) -> Answer:
@@ -277,6 +279,28 @@ class _Asked(msgspec.Struct, gc=False):
 
 
 _DECODER: Final = msgspec.json.Decoder(_Asked)
+
+
+def _requested(body: bytes | bytearray) -> Request | None:
+    """The request in ``body``; None if anything is wrong with it."""
+    try:
+        if not body.isascii():
+            body.decode("utf-8")
+        asked = _DECODER.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    request_id, distributor, terminal, products = (
+        asked.request_id, asked.distributor_id, asked.terminal_id, asked.product_ids,
+    )  # fmt: skip
+    listed = ",".join(products)
+    if not _FIELDS(f"{request_id}\n{distributor}\n{terminal}\n{listed}") or listed.count(",") != len(products) - 1:
+        return None
+    return Request(
+        "v1", distributor, request_id, distributor, terminal,
+        products if len(products) == 1 else tuple(dict.fromkeys(products)),
+        f"{terminal}\t{listed}",
+    )  # fmt: skip
+
 
 _KEY: Final = r"[!-~]{1,128}+"
 _NAME: Final = r"[A-Za-z0-9._-]{1,64}+"

@@ -15,7 +15,7 @@ from service.errors import Fault
 from service.scripts import Scripts, connect
 from service.settings import Settings
 from service.store.database import Database, check_migrated
-from service.worker.flush import BLOCK_MS, Flush
+from service.worker.flush import BLOCK_MS, ENTRIES_MAX, Flush
 from service.worker.publish import republish_once
 from service.worker.recover import Recover
 from service.worker.refill import Refill
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 # an entry, for demand) and pause only so that demand that can't be met does not make them spin.
 RECOVER_S: Final = 0.1
 PUBLISH_S: Final = 1.0
-FLUSH_S: Final = 0.005
+FLUSH_S: Final = 0.2
 REFILL_S: Final = 0.02
 DEMAND_S: Final = 0.5
 CLEAN_S: Final = 5.0
@@ -65,7 +65,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         )  # fmt: skip
 
         async def flush_step() -> bool:
-            return (await flush.run_once(block_ms=BLOCK_MS)).entries > 0
+            return (await flush.run_once(block_ms=BLOCK_MS)).entries >= ENTRIES_MAX
 
         async def refill_step() -> bool:
             await refill.demanded(wait_s=DEMAND_S)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -196,6 +197,49 @@ def test_voucher_over_a_kept_connection(running: Running) -> None:
     assert second.headers["idempotent-replayed"] == "true"
     assert "connection" not in first.headers
     assert_headers(first)
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {"extra": "Expect: 100-continue\r\n"},
+        {"extra": 'Idempotency-Key: "req-1001"\r\n'},
+        {"extra": "Accept: a\r\nAccept: b\r\n"},
+    ],
+)
+def test_unusual_request_is_answered_as_a_plain_one_is(running: Running, unusual: dict[str, str]) -> None:
+    plain = running.ask(request())
+    with running.client() as client:
+        client.send(request(**unusual))
+        if "Expect" in unusual["extra"]:
+            assert client.socket.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        answer = client.answer()
+    assert (answer.status, answer.body) == (plain.status, plain.body)
+    assert answer.headers.keys() - {"idempotent-replayed"} == plain.headers.keys()
+
+
+def test_refusal_of_a_plain_request_is_the_one_of_any_other(running: Running) -> None:
+    bad = b'{"request_id": ""}'
+    for data in (head(length=len(bad)) + bad, head(length=len(bad), extra="Accept: a\r\nAccept: b\r\n") + bad):
+        assert_problem(running.ask(data), "invalid_field")
+    assert_problem(running.ask(request(token="vch_unknown")), "token_unknown")
+    running.issuer.fault = RuntimeError("a defect")
+    assert_problem(running.ask(request()), "internal")
+
+
+def test_client_that_hangs_up_before_its_answer_holds_no_drain_up() -> None:
+    server = Running(drain_s=int(PATIENCE_S))
+    server.start()
+    with server.held():
+        with server.client() as client:
+            client.send(request())
+            wait_until(lambda: len(server.issuer.asked) == 1, "the request")
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no end
+        wait_until(lambda: not server.server.server_state.connections, "the end of the connection")
+    began = time.monotonic()
+    server.stop()
+    server.join()
+    assert time.monotonic() - began < PATIENCE_S / 2
 
 
 def test_http_1_0_is_answered_and_closed(running: Running) -> None:

@@ -171,7 +171,11 @@ class Machine(RuleBasedStateMachine):
         routed = []
         for key, quantity, terminal, which, looked_up, payload in batch:
             asked = request(
-                f"r{key}", quantity=quantity, terminal=terminal, distributor="D1", payload=f"{terminal}\t{payload or key}"
+                f"r{key}",
+                quantity=quantity,
+                terminal=terminal,
+                distributor="D1",
+                payload=f"{terminal}\t{payload or key}",
             )
             # The ledger is asked whether a key is really new; one that it knows is never said to be.
             routed.append(Routed(asked, PLANS[which], looked_up=looked_up and asked.key not in self.ledger))

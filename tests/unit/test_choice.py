@@ -113,7 +113,6 @@ def caps_per(*holders: CapHolder) -> st.SearchStrategy[tuple[Cap, ...]]:
     return st.lists(one, max_size=2, unique_by=lambda cap: (cap.holder, cap.period)).map(tuple)
 
 
-
 campaigns = st.builds(
     Campaign,
     id=st.just(""),

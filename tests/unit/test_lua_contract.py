@@ -23,7 +23,7 @@ READS: Final = frozenset(
 WRITES: Final = frozenset(
     {"EXPIREAT", "HDEL", "HINCRBY", "HSET", "LPOP", "LREM", "RPUSH", "SET", "UNLINK", "XACK", "XADD", "XDEL", "ZADD"}
 )  # fmt: skip
-ONLY_FREE: Final = frozenset({"XACK", "XDEL", "HINCRBY", "HSET", "UNLINK"})  # in a script that may run when memory is full
+ONLY_FREE: Final = frozenset({"XACK", "XDEL", "HINCRBY", "HSET", "UNLINK"})  # of a script that runs in a full memory
 KEY_TYPES: Final = "string|hash|list|stream|sorted set"
 CALL: Final = re.compile(r"redis\.call\('([A-Z]+)'")
 

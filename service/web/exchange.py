@@ -1,0 +1,86 @@
+"""One voucher request and its answer without ASGI in between: what most requests of a peak are.
+
+uvicorn makes a task, a scope, an event and two messages for each request, which together cost more than all that
+voucherd does for it.  A plain request needs none of them: its body is here in one piece, and its answer comes by a
+callback from the batch that it was in.  An ``Exchange`` stands where uvicorn's protocol expects its own cycle, so
+every bound and time-out holds for it as for any other request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from service.web.problems import Answer, problem
+
+
+class Lane(Protocol):
+    """What ``service.web.app.App`` offers beside ASGI."""
+
+    def begin(self, headers: dict[bytes, bytes], body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+        """Calls ``answered`` once, now or later, if the request is a plain one.  False: it is not, nothing was done."""
+
+
+class Exchange:
+    """From the end of a request's headers to its answer, with what uvicorn's protocol wants to know of a cycle."""
+
+    __slots__ = (
+        "_done", "_head", "body", "disconnected", "headers", "keep_alive", "more_body", "response_complete",
+        "transport",
+    )  # fmt: skip
+
+    response_started = False  # the answer is written at once, and then it is complete
+
+    def __init__(
+        self,
+        headers: dict[bytes, bytes],
+        transport: asyncio.Transport,
+        head: list[tuple[bytes, bytes]],
+        keep_alive: bool,
+        done: Callable[[Exchange], None],
+    ) -> None:
+        self.headers = headers
+        self.transport = transport
+        self.keep_alive = keep_alive
+        self.body: bytes | bytearray = b""
+        self.more_body = True
+        self.disconnected = False
+        self.response_complete = False
+        self._head = head  # uvicorn's own headers: the date
+        self._done = done
+
+    @property
+    def message_event(self) -> Exchange:
+        """uvicorn tells its application's event that something came; here nobody waits for it."""
+        return self
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+    def answered(self, answer: Answer) -> None:
+        """The answer is on its way to the client, unless that has gone or was answered before."""
+        if self.response_complete:
+            return
+        self.response_complete = True
+        if not self.disconnected:
+            self._write(answer)
+        self._done(self)
+
+    def _write(self, answer: Answer) -> None:
+        content = [STATUS_LINE[answer.status]]
+        for name, value in self._head:
+            content += (name, b": ", value, b"\r\n")
+        for name, value in answer.headers:
+            content += (name, b": ", value, b"\r\n")
+        content.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        content.append(answer.body)
+        self.transport.write(b"".join(content))
+        if not self.keep_alive:
+            self.transport.close()
+
+    def cancel(self, msg: str | None = None) -> None:
+        """uvicorn gives up waiting, as it cancels a task: whether a voucher was issued is not known."""
+        asyncio.get_running_loop().call_soon(self.answered, problem("draining"))  # not now: it is counting its tasks
