@@ -70,14 +70,9 @@ class Exchange:
         self._done(self)
 
     def _write(self, answer: Answer) -> None:
-        content = [STATUS_LINE[answer.status]]
-        for name, value in self._head:
-            content += (name, b": ", value, b"\r\n")
-        for name, value in answer.headers:
-            content += (name, b": ", value, b"\r\n")
-        content.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        content.append(answer.body)
-        self.transport.write(b"".join(content))
+        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        lines = b"".join([b"%b: %b\r\n" % header for header in (*self._head, *answer.headers)])
+        self.transport.write(b"%b%b%b%b" % (STATUS_LINE[answer.status], lines, end, answer.body))
         if not self.keep_alive:
             self.transport.close()
 

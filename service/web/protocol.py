@@ -68,6 +68,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.lingering = False  # half closed
         self.draining = False
         self.timer: asyncio.TimerHandle | None = None
+        self.idle_since = 0.0  # by the loop's clock; when the last answer was given
+        self.idle_timer: asyncio.TimerHandle | None = None
 
     # --- the connection
 
@@ -93,7 +95,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         metrics.connections.dec()
         self._disarm()
-        self._unset_keepalive_if_required()
+        if self.idle_timer is not None:
+            self.idle_timer.cancel()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -111,7 +114,6 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- what arrives
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         if self.deaf:
             self._throw_away(len(data))
             return
@@ -162,8 +164,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._close_after_answer()
 
     def on_message_begin(self) -> None:
-        self.whole = self.headed = False
-        super().on_message_begin()
+        self.whole = self.headed = self.expect_100_continue = False
+        self.url = b""
+        self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.headed:  # a trailer; merged into the headers it would overrule what a proxy has checked
@@ -189,7 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.lane is not None and self.url == _VOUCHER_URL and self._is_plain(named):
             self._begin_exchange(named)
         else:
-            super().on_headers_complete()
+            self._begin_cycle()
         self.headed = True
         if self.draining:
             self.cycle.keep_alive = False
@@ -220,7 +223,27 @@ class BoundedProtocol(HttpToolsProtocol):
             self.server_state.total_requests += 1
             self._part(self.parting)
         else:
-            super().on_response_complete()
+            self.server_state.total_requests += 1
+            if not self.transport.is_closing():
+                self.flow.resume_reading()
+                self._go_on()
+
+    def _go_on(self) -> None:
+        """Begins the next request, or waits for one."""
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self.idle_since = self.loop.time()
+        if self.idle_timer is None:
+            self.idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_if_idle)
+
+    def _begin_cycle(self) -> None:
+        """What uvicorn does with a request, from the beginning: here it is only begun when its headers are complete."""
+        url, headers, expected = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expected
+        self.headers += headers
+        super().on_headers_complete()
 
     # --- past ASGI
 
@@ -238,11 +261,10 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _begin_exchange(self, headers: dict[bytes, bytes]) -> None:
-        exchange: Any = Exchange(  # Any: nothing says so, but it is all that uvicorn asks of a cycle
+        self.cycle = Exchange(  # type: ignore[assignment]  # nothing says so, but it is all that uvicorn asks of a cycle
             headers, self.transport, self.server_state.default_headers, self.parser.should_keep_alive(),
             self._exchange_done,
         )  # fmt: skip
-        self.cycle = exchange
 
     def _exchange_done(self, exchange: Any) -> None:
         self.tasks.discard(exchange)
@@ -251,7 +273,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _leave_to_asgi(self, exchange: Exchange) -> None:
         """It was not a plain one: what is said of it is said by the application, as if it had come there first."""
         self.cycle = None  # type: ignore[assignment]
-        super().on_headers_complete()
+        self._begin_cycle()
         self.cycle.keep_alive = self.cycle.keep_alive and exchange.keep_alive
         self.cycle.body += exchange.body
         super().on_message_complete()
@@ -268,6 +290,17 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+    def _look_if_idle(self) -> None:
+        """Closes a connection that was idle for too long.  One timer a connection, not one a request as in uvicorn."""
+        self.idle_timer = None
+        if not self.whole or not (self.cycle is None or self.cycle.response_complete):
+            return  # the end of this request sets it again
+        left = self.idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self.idle_timer = self.loop.call_later(left, self._look_if_idle)
+        else:
+            self.transport.close()
 
     def _too_slow(self) -> None:
         self.timer = None
@@ -337,7 +370,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self.lingering = self.deaf = True
         self.received = 0
         self._disarm()
-        self._unset_keepalive_if_required()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()

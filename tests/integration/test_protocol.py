@@ -510,6 +510,24 @@ def test_slow_answers_and_kept_connections_are_left_alone(running: Running) -> N
         assert kept.send(request()).answer().status == 200
 
 
+def test_idle_connection_is_closed_and_a_used_one_is_not() -> None:
+    server = Running()
+    server.server.config.timeout_keep_alive = 1
+    server.start()
+    with server.client() as idle, server.client() as used:
+        began = time.monotonic()
+        idle.send(request()).answer()
+        while time.monotonic() - began < 1.5:
+            assert used.send(request()).answer().status == 200
+        assert idle.ended()
+        assert used.send(request()).answer().status == 200
+        began = time.monotonic()
+        assert used.ended()
+        assert 0.9 < time.monotonic() - began < PATIENCE_S / 2
+    server.stop()
+    server.join()
+
+
 def test_connections_over_the_limit_are_told_so_and_others_go_on(running: Running) -> None:
     kept = [running.client() for _ in range(CONNECTIONS_MAX)]
     for client in kept:
