@@ -26,7 +26,7 @@ def test_the_wheel_alone_issues_a_voucher(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("voucherd-*.whl")
     venv.create(tmp_path / "empty", with_pip=True)
     program = tmp_path / "empty" / "bin" / "python"
-    run(program, *pip, "install", "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    run(program, *pip, "install", "--no-compile", "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path)
     where = run(program, "-P", "-c", "import service; print(service.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path)), "the checkout was imported, not the wheel"
     started = Running(tmp_path / "data", program=[str(tmp_path / "empty" / "bin" / "voucherd")], checkout=False)
