@@ -243,7 +243,7 @@ local function decide(i)
     return 'LOOKUP', ''
   end
   local plan, quantity = shape.plan, shape.quantity
-  local stops = {}
+  local stops, fields = {}, {}
   for c = 1, #plan do
     local candidate = plan[c]
     local pool, take, stop = candidate.pool, quantity, nil
@@ -254,8 +254,8 @@ local function decide(i)
     else
       for k = 1, #candidate do
         local cap = candidate[k]
-        local field = cap.per_terminal and cap.field .. string.match(payload, '^[^\t]*') or cap.field
-        take = math.min(take, cap.limit - used(cap.counter, field))
+        fields[k] = cap.per_terminal and cap.field .. string.match(payload, '^[^\t]*') or cap.field
+        take = math.min(take, cap.limit - used(cap.counter, fields[k]))
       end
       if take <= 0 then
         stop = 'capped'
@@ -275,9 +275,7 @@ local function decide(i)
       end
       room = room - take
       for k = 1, #candidate do
-        local cap = candidate[k]
-        local field = cap.per_terminal and cap.field .. string.match(payload, '^[^\t]*') or cap.field
-        local counter = cap.counter
+        local counter, field = candidate[k].counter, fields[k]
         counter.used[field] = counter.used[field] + take
         if not counter.added[field] then
           counter.fields[#counter.fields + 1] = field

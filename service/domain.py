@@ -112,10 +112,14 @@ class Request(msgspec.Struct, frozen=True):
     client: str
     key: str
     distributor: str
-    terminal: str
     products: tuple[str, ...]
     payload: str
     quantity: int = 1
+
+    @property
+    def terminal(self) -> str:
+        """The device that asks."""
+        return self.payload.split("\t", 1)[0]
 
 
 class Issued(msgspec.Struct, frozen=True):

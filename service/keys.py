@@ -67,7 +67,12 @@ def caps(partition: int, generation: int, campaign: str, period: str) -> str:
 
 def replay(partition: int, generation: int, api: str, client: str, key: str) -> str:
     """String: the record of one answered request.  Expires after the published retention."""
-    return f"{tag(partition)}:{generation}:replay:{api}:{client}:{key}"
+    return f"{replays(partition, generation)}{api}:{client}:{key}"
+
+
+def replays(partition: int, generation: int) -> str:
+    """What the keys of all replay records of a generation begin with; ``api:client:key`` follows."""
+    return f"{tag(partition)}:{generation}:replay:"
 
 
 def of_generation(partition: int, generation: int) -> str:

@@ -292,7 +292,7 @@ class Scripts:
         plan_args: list[str | int] = []
         request_args: list[str | int] = []
         replay_keys: list[str] = []
-        replay_key = keys.replay(p, g, "", "", "")[:-2]  # all but api, client, key and the colons between them
+        replays = keys.replays(p, g)
         for routed in batch:
             plan, request = routed.plan, routed.request
             index = plans.get(plan)
@@ -305,7 +305,7 @@ class Scripts:
                 else:
                     index = 0
             api, client, key = request.api, request.client, request.key
-            replay_keys.append(f"{replay_key}{api}:{client}:{key}")
+            replay_keys.append(f"{replays}{api}:{client}:{key}")
             request_args += (
                 f"{index}:{request.quantity}:{1 if routed.looked_up else 0}", request.payload,
                 f"{api}\n{request.distributor}\n{client}\n{key}",

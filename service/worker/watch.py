@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from service import keys, metrics
 from service.errors import RedisUnreachable, StoreIsOlder
-from service.scripts import Scripts
+from service.scripts import Books, Scripts
 from service.store import books, stock
 from service.store.database import Database
 from service.worker.currency import refuse_older
@@ -80,15 +80,17 @@ class Watch:
             metrics.generation.labels(partition).set(seen.open)
             if held is not None:
                 metrics.outbox_codes.labels(partition).set(held.codes)
-                room = max(0, self._outbox_max - held.codes)
-                windows = sum(window.length for window in held.windows.values())
-                metrics.outage_lasts_seconds.labels(partition).set(min(room, windows) / self._planned_rate)
                 for pool, window in held.windows.items():
                     metrics.window_codes.labels(pool).set(window.length)
                 await self._outbox_age(seen.open)
             async with self._database.read() as conn:
-                for pool, left in (await stock.left(conn, int(self._now()))).items():
-                    metrics.stock_codes.labels(pool).set(left)
+                left = await stock.left(conn, int(self._now()))
+            for pool, codes in left.items():
+                metrics.stock_codes.labels(pool).set(codes)
+            if held is not None:
+                metrics.outage_lasts_seconds.labels(partition).set(
+                    outage_lasts_s(held, left, outbox_max=self._outbox_max, planned_rate=self._planned_rate)
+                )
             if (seen.open, self._now() // QUARANTINE_S) != self._quarantine_of:
                 self._quarantine_of = (seen.open, self._now() // QUARANTINE_S)
                 await self._quarantine()
@@ -116,6 +118,19 @@ class Watch:
             raise RedisUnreachable from error
         age = self._now() - int(oldest[0][0].split("-")[0]) / 1000 if oldest else 0.0
         metrics.outbox_age_seconds.labels(str(partition)).set(max(0.0, age))
+
+
+def outage_lasts_s(held: Books, left: dict[str, int], *, outbox_max: int, planned_rate: int) -> float:
+    """Seconds that issuing goes on from now without the store, if one pool has to bear all of the planned rate.
+
+    The smallest window counts of those that the store could still refill, by the codes ``left`` there (if nothing is
+    known of it, of all that hold something): one whose stock is all in Redis loses nothing by an outage.
+    """
+    windows = [
+        window.length for pool, window in held.windows.items() if left.get(pool, 0) > 0 or (not left and window.length)
+    ]
+    codes: int = min([max(0, outbox_max - held.codes), *windows])
+    return codes / planned_rate
 
 
 async def wrong_with_redis(scripts: Scripts, *, records_max: int) -> list[str]:

@@ -71,10 +71,7 @@ class Stage:
         plan = catalogue.route(DISTRIBUTOR, (product,)).plan
         now = int(time.time())
         reply = await self.scripts.issue(
-            [
-                Routed(Request("v1", DISTRIBUTOR, key, DISTRIBUTOR, "T1", (product,), f"T1\t{product}"), plan)
-                for key in keys
-            ],
+            [Routed(Request("v1", DISTRIBUTOR, key, DISTRIBUTOR, (product,), f"T1\t{product}"), plan) for key in keys],
             generation=(await self.scripts.generation()).open,
             version=version,
             outbox_max=OUTBOX_MAX,

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from service import keys
 from service.catalogue import Cap, Snapshot
+from service.cli.lock import only_one
 from service.cli.main import app
-from service.cli.processes import only_worker
 from service.errors import Misconfigured
 from service.store import control, schema
 from service.store.database import Database
@@ -390,11 +390,17 @@ def test_status_without_the_store_says_how_long_it_lasts(
     assert "the store did not answer" in found["wrong"][0]
 
 
-def test_second_worker_on_one_sqlite_file_is_refused(tmp_path: Path) -> None:
-    store = tmp_path / "voucherd.db"
-    with only_worker(store), pytest.raises(Misconfigured, match=f"pid {os.getpid()}"), only_worker(store):
+def test_lock_has_one_holder_and_a_file_left_behind_means_nothing(tmp_path: Path) -> None:
+    path, taken = tmp_path / "{0}.worker", "taken by {pid}"
+    with (
+        only_one(path, taken),
+        pytest.raises(Misconfigured, match=f"taken by {os.getpid()}"),
+        only_one(path, taken),
+    ):
         pass
-    with only_worker(store):  # a file left behind means nothing
+    with only_one(path, taken):
+        pass
+    with pytest.raises(Misconfigured, match="can't be had"), only_one(tmp_path / "none" / "here", taken):
         pass
 
 

@@ -191,7 +191,6 @@ async def test_no_script_answers_otherwise_than_on_a_real_server(valkey_url: str
                 "D",
                 f"k{rng.randrange(30)}",
                 "D",
-                "T",
                 ("PAY",),
                 f"T\tPAY{rng.randrange(6) // 5}",
                 rng.choice((1, 1, 3)),

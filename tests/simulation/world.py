@@ -817,7 +817,7 @@ class World:
         rng = self.rng
         terminal = rng.choice(TERMINALS)
         products = tuple(rng.sample(PRODUCTS, rng.choice((1, 2))))
-        return Request("v1", distributor, key, distributor, terminal, products, f"{terminal}\t{','.join(products)}")
+        return Request("v1", distributor, key, distributor, products, f"{terminal}\t{','.join(products)}")
 
     async def _buy(self, after: float) -> None:
         """One key: asked until there is an answer, and asked again later."""

@@ -197,7 +197,7 @@ async def _compare(published: Snapshot, wanted: list[Wanted], stock: dict[str, t
 async def _ask(bench: Bench, current: Catalogue, wanted: Wanted, key: str) -> Record | Unavailable | str:
     route = current.route(wanted.distributor, wanted.products)
     request = Request(
-        "v1", wanted.distributor, key, wanted.distributor, wanted.terminal, wanted.products,
+        "v1", wanted.distributor, key, wanted.distributor, wanted.products,
         f"{wanted.terminal}\t{','.join(wanted.products)}",
     )  # fmt: skip
     [answer] = (await bench.issue(Routed(request, route.plan))).answers

@@ -41,7 +41,7 @@ def catalogue(version: int = 1, *, token: str | None = TOKEN, active: bool = Tru
 
 
 def request(key: str = "k", terminal: str = "T", distributor: str = "D") -> Request:
-    return Request("v1", distributor, key, distributor, terminal, ("PAY",), f"{terminal}\tPAY")
+    return Request("v1", distributor, key, distributor, ("PAY",), f"{terminal}\tPAY")
 
 
 def record(asked: Request) -> Record:

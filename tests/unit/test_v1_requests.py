@@ -157,9 +157,7 @@ async def test_replay_never_differs_and_says_that_it_is_one(call: Call) -> None:
 async def test_request_reaches_the_issuer_as_it_was_asked(call: Call) -> None:
     await call(product_ids=["PAY", "MOB", "PAY"], terminal_id="shop 7, till 2")
     assert call.issuer.asked == [
-        Request(
-            "v1", DISTRIBUTOR, "req-1001", DISTRIBUTOR, "shop 7, till 2", ("PAY", "MOB"), "shop 7, till 2\tPAY,MOB,PAY"
-        )
+        Request("v1", DISTRIBUTOR, "req-1001", DISTRIBUTOR, ("PAY", "MOB"), "shop 7, till 2\tPAY,MOB,PAY")
     ]
     assert call.issuer.authenticated == 0  # a whole request brings its token along with its batch
 
