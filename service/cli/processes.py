@@ -15,7 +15,7 @@ from service.cli.connections import settings_of
 from service.cli.console import say
 from service.cli.lock import only_one
 from service.store.database import Database
-from service.store.database import migrate as migrate_store
+from service.store.migration import migrate as migrate_store
 from service.web.serve import Addresses
 from service.web.serve import serve as serve_until_stopped
 from service.worker.runner import work as work_until

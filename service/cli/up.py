@@ -35,7 +35,8 @@ from service.cli.embedded import Embedded, free_port, try_port, write_private
 from service.cli.lock import only_one
 from service.errors import Misconfigured, RedisUnreachable
 from service.settings import PREFIX, Settings, load
-from service.store.database import Database, migrate
+from service.store.database import Database
+from service.store.migration import migrate
 
 # Vouchers per second that `up` is ready for unless the environment says otherwise: windows then hold a few hundred
 # codes, and a demo pool of 20,000 stays mostly where an operator can see it.

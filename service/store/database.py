@@ -15,17 +15,14 @@ from weakref import WeakSet
 
 import aiosqlite
 import asyncpg
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Table, event, insert, text
+from sqlalchemy import Connection, Table, event, insert, inspect, text
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from service.errors import Misconfigured, StoreUnreachable
+from service.store.schema import REVISIONS
 
 SQLITE: Final = "sqlite+aiosqlite"
 POSTGRESQL: Final = "postgresql+asyncpg"
@@ -46,9 +43,6 @@ IDLE_IN_TRANSACTION_S: Final = 10.0
 # told to stop it ends within microseconds, or after the statement that it is in.
 THREAD_END_S: Final = 1.0
 CUT_S: Final = 0.01  # between two tries to cut a statement of SQLite whose task was cancelled
-MIGRATION_S: Final = 3_600.0
-# Any number, the same in every process: only one of them migrates at a time.
-MIGRATION_LOCK: Final = 0x766F7563
 
 # PostgreSQL: the transaction did not happen or nobody knows, and the same one may well succeed later.
 _UNREACHABLE_STATES: Final = (
@@ -141,21 +135,6 @@ class Database:
             await connection.close()
 
 
-async def migrate(database: Database) -> None:
-    """The schema is at this version's head, from whatever older one (or nothing) was there.
-
-    One transaction; several processes may try at once.  Raises StoreUnreachable (nothing was changed, or all).
-    """
-    patient = Database(database.url, MIGRATION_S)
-    try:
-        async with patient.write() as connection:
-            if not patient.is_sqlite:
-                await connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-            await connection.run_sync(_upgrade)
-    finally:
-        await patient.close()
-
-
 async def check_migrated(database: Database) -> None:
     """The schema is one that this version can work with.  Raises Misconfigured, saying what to do, if not.
 
@@ -163,19 +142,18 @@ async def check_migrated(database: Database) -> None:
     a rollout (a revision named ``pre_…``): old and new processes run side by side then.
     """
     async with database.read() as connection:
-        found = await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_heads())
-    script = ScriptDirectory.from_config(_config())
-    head = script.get_current_head()
-    known = {revision.revision for revision in script.walk_revisions()}
-    newer = [revision for revision in found if revision not in known]
+        found: list[str] = []
+        if await connection.run_sync(lambda sync: inspect(sync).has_table("alembic_version")):
+            found += await connection.scalars(text("select version_num from alembic_version"))
+    newer = [revision for revision in found if revision not in REVISIONS]
     if not found:
         raise Misconfigured("the store is empty: run `voucherd migrate` first")
     if newer:
         if all(revision.startswith("pre_") for revision in newer):
             return
         raise Misconfigured(f"the store's schema {newer[0]} is newer than this voucherd: run that version instead")
-    if list(found) != [head]:
-        raise Misconfigured(f"the store's schema is {found[0]}, not {head}: run `voucherd migrate` first")
+    if found != [REVISIONS[-1]]:
+        raise Misconfigured(f"the store's schema is {found[0]}, not {REVISIONS[-1]}: run `voucherd migrate` first")
 
 
 async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, object]]) -> None:
@@ -329,15 +307,3 @@ def _fault(error: BaseException, *, lost: bool) -> StoreUnreachable | Misconfigu
     if lost or isinstance(error, (OSError, TimeoutError)):
         return StoreUnreachable(f"the store did not answer: {type(error).__name__}")
     return None
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", "service.store:migrations")
-    return config
-
-
-def _upgrade(connection: Connection) -> None:
-    config = _config()
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")

@@ -24,6 +24,9 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+# What the migrations lead to, oldest first: a process that only looks need not load alembic.
+REVISIONS = ("pre_0001",)
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",

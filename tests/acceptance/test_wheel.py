@@ -24,9 +24,10 @@ def test_the_wheel_alone_issues_a_voucher(tmp_path: Path) -> None:
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
     run(sys.executable, *pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,) = tmp_path.glob("voucherd-*.whl")
-    venv.create(tmp_path / "empty", with_pip=True)
+    venv.create(tmp_path / "empty")
     program = tmp_path / "empty" / "bin" / "python"
-    run(program, *pip, "install", "--no-compile", "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    install = ("--python", program, "install", "--constraint", ROOT / "constraints.txt")
+    run(sys.executable, *pip, *install, wheel, cwd=tmp_path)
     where = run(program, "-P", "-c", "import service; print(service.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path)), "the checkout was imported, not the wheel"
     started = Running(tmp_path / "data", program=[str(tmp_path / "empty" / "bin" / "voucherd")], checkout=False)

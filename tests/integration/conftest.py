@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from service.store.database import Database, migrate
+from service.store.database import Database
+from service.store.migration import migrate
 from tests.servers import PostgresServer
 
 TEMPLATE = "migrated"

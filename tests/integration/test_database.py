@@ -16,7 +16,8 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from service.errors import Misconfigured, StoreUnreachable
 from service.store import schema
-from service.store.database import CLIENT_MARGIN_S, CONNECT_S, Database, check_migrated, insert_rows, migrate
+from service.store.database import CLIENT_MARGIN_S, CONNECT_S, Database, check_migrated, insert_rows
+from service.store.migration import migrate
 from tests.servers import PostgresServer
 
 POOL = {"id": "P", "least_life_s": 0, "stock_version": 0, "created_at": 1}

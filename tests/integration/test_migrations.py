@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, func, select, text
 
 from service.errors import Misconfigured
 from service.store import schema
-from service.store.database import Database, check_migrated, migrate
+from service.store.database import Database, check_migrated
+from service.store.migration import migrate
 
 VERSIONS = Path(schema.__file__).parent / "migrations" / "versions"
 
@@ -41,6 +43,11 @@ def _checks(connection: Connection) -> set[tuple[str, str]]:
         for check in inspector.get_check_constraints(table)
         if check["name"]
     }
+
+
+def test_revisions_are_those_of_the_migrations() -> None:
+    script = ScriptDirectory(str(VERSIONS.parent))
+    assert [one.revision for one in script.walk_revisions()][::-1] == list(schema.REVISIONS)
 
 
 async def test_an_empty_store_is_not_taken_for_a_migrated_one(empty: Database) -> None:

@@ -1,4 +1,4 @@
-"""What alembic runs: on the connection it is given (``database.migrate``, the tests), else on the settings' store.
+"""What alembic runs: on the connection it is given (``migration.migrate``, the tests), else on the settings' store.
 
 The second way is for developers: ``alembic -c service/store/migrations/alembic.ini revision --autogenerate``.
 """
