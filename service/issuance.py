@@ -258,7 +258,10 @@ class Issuer:
             return await self._scripts.replay([], generation=self._generation, version=catalogue.version)
         began = self._clock()
         reply = await self._scripts.issue(
-            [Routed(waiting.the_request, route.plan, waiting.looked_up) for waiting, route in routed],
+            [
+                Routed(waiting.the_request, route.plan, waiting.looked_up_in == self._generation)
+                for waiting, route in routed
+            ],
             generation=self._generation,
             version=catalogue.version,
             outbox_max=self._outbox_max,
@@ -325,10 +328,14 @@ class Issuer:
         metrics.vouchers_issued.inc(issued)
         metrics.replays.inc(replayed)
         if unknown:
-            self._spawn(self._look_up(unknown))
+            self._spawn(self._look_up(unknown, reply.generation))
 
-    async def _look_up(self, unknown: list[_Waiting]) -> None:
-        """Records are being restored: what the ledger knows is a replay, the rest may be issued."""
+    async def _look_up(self, unknown: list[_Waiting], generation: int) -> None:
+        """Records of ``generation`` are being restored: what the ledger knows is a replay, the rest may be issued.
+
+        That the ledger does not know a key holds for this generation alone: what is issued in it has its record in
+        Redis, but one that ended in the meantime took such records along.
+        """
         try:
             known = await self._lookup([waiting.the_request for waiting in unknown])
         except Fault as fault:
@@ -338,7 +345,7 @@ class Issuer:
         for waiting in unknown:
             record = known.get(waiting.the_request)
             if record is None:
-                waiting.looked_up = True
+                waiting.looked_up_in = generation
                 self._queue_again([waiting])
             elif record.payload == waiting.the_request.payload:
                 self._answer(waiting, Issued(record.pack(), replayed=True))
@@ -419,7 +426,7 @@ class _Waiting(msgspec.Struct, eq=False):
     deadline: float
     done: bool = False
     admitted: bool = False
-    looked_up: bool = False
+    looked_up_in: int = -1  # the generation that was open when the ledger was found not to know the key
     refill_pause_s: float = REFILL_RETRY_S_MIN
 
     @property

@@ -84,7 +84,7 @@ class Script:
             Answer(said, details.get(said, "") or (record(one).pack() if said in ("ISSUED", "REPLAY") else ""))
             for one in asked
         ]
-        return Reply("OK", 1, NOW, 0, answers, ("P",))
+        return Reply("OK", generation, NOW, 0, answers, ("P",))
 
 
 class Clock:
@@ -224,6 +224,11 @@ async def test_while_records_are_restored_the_ledger_is_asked_before_a_code_is_g
     service = issuer(script)
     assert isinstance(await service.issue(TOKEN, request()), Issued)
     assert script.looked_up == [False, True]
+    await service.drain()
+    script = Script("LOOKUP", "LOST7", "LOOKUP", "ISSUED")
+    service = issuer(script)
+    assert isinstance(await service.issue(TOKEN, request()), Issued)
+    assert script.looked_up == [False, True, False, True], "what was looked up holds for one generation"
     await service.drain()
     service = issuer(Script("LOOKUP"), known=StoreUnreachable())
     assert await service.issue(TOKEN, request()) == Busy("store_unreachable")
