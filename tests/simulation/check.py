@@ -246,6 +246,8 @@ class Truth:
         leased_to = dict(self._peek("select id, leased_to from lots where pool = ?", pool))
         eligible = now + self.least_life[pool] + 1
         generation = open_generation(self._server.data)
+        if self._peek("select 1 from generations where generation = ? and state = 'closed'", generation):
+            generation = 0  # an old primary is back: what it has open is no longer eligible stock
         for lot, imported in known.items():
             if expiry.get(lot, 0) <= eligible:
                 continue
