@@ -107,12 +107,12 @@ def load(environment: Mapping[str, str] | None = None, **overrides: object) -> S
 
 
 def in_data_dir(data_dir: Path) -> dict[str, object]:
-    """Overrides that point at the embedded servers of ``voucherd up`` in ``data_dir``.
+    """Overrides that point at the embedded servers of ``voucherd up`` in ``data_dir``, at the rate that it plans with.
 
     Raises Misconfigured if nothing was ever started there.
     """
     connection = data_dir / "connection.json"
     if not connection.exists():
         raise Misconfigured(f"{data_dir} holds no data: start `voucherd up --data-dir {data_dir}` first")
-    urls = msgspec.json.decode(connection.read_bytes(), type=dict[str, str])
-    return {"redis_url": urls["redis_url"], "store_url": urls["store_url"]}
+    written = msgspec.json.decode(connection.read_bytes(), type=dict[str, object])
+    return {name: written[name] for name in ("redis_url", "store_url", "planned_rate") if name in written}

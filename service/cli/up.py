@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final
 from urllib.parse import urlsplit
@@ -140,7 +140,13 @@ class Up:
         keepers.create_task(self._keep(self._valkey.child, self._valkey.start))
         write_private(
             self._data_dir / "connection.json",
-            _json({"redis_url": self._valkey.url, "store_url": self._store_url}),
+            _json(
+                {
+                    "redis_url": self._valkey.url,
+                    "store_url": self._store_url,
+                    "planned_rate": self._settings.planned_rate,
+                }
+            ),
         )
         database = Database.connect(self._store_url)
         try:
@@ -323,5 +329,5 @@ def _program() -> str:
     return "voucherd" if shutil.which("voucherd") == str(called.absolute()) else str(called)
 
 
-def _json(values: dict[str, str]) -> str:
+def _json(values: Mapping[str, object]) -> str:
     return msgspec.json.format(msgspec.json.encode(values), indent=2).decode() + "\n"

@@ -108,6 +108,8 @@ def test_a_data_directory_that_was_never_started_says_what_to_do(tmp_path: Path)
 
 def test_a_data_directory_points_at_its_own_servers(tmp_path: Path) -> None:
     urls = {"redis_url": "redis://:secret@127.0.0.1:20001/0", "store_url": "sqlite+aiosqlite:////d/voucherd.db"}
-    (tmp_path / "connection.json").write_bytes(msgspec.json.encode(urls))
-    settings = load(environment(redis_url="redis://elsewhere"), **in_data_dir(tmp_path))
-    assert (settings.redis_url, settings.store_url) == (urls["redis_url"], urls["store_url"])
+    for planned, rate in (({}, 70), ({"planned_rate": 5}, 5)):
+        (tmp_path / "connection.json").write_bytes(msgspec.json.encode({**urls, **planned}))
+        settings = load(environment(redis_url="redis://elsewhere", planned_rate=70), **in_data_dir(tmp_path))
+        assert (settings.redis_url, settings.store_url) == (urls["redis_url"], urls["store_url"])
+        assert settings.planned_rate == rate
