@@ -298,6 +298,7 @@ class Issuer:
         )
         if reply.status == "OK":
             self._answer_refused(refused)
+            metrics.replays.inc(sum(answer.status == "REPLAY" for answer in reply.answers))
             for (waiting, _), answer in zip(routed, reply.answers, strict=True):
                 self._answer(waiting, OVERLOADED if answer.status == "MISS" else _settled(answer))
         else:
@@ -338,19 +339,22 @@ class Issuer:
         """
         try:
             known = await self._lookup([waiting.the_request for waiting in unknown])
+            for waiting in unknown:
+                record = known.get(waiting.the_request)
+                if record is None:
+                    waiting.looked_up_in = generation
+                    self._queue_again([waiting])
+                elif record.payload == waiting.the_request.payload:
+                    metrics.replays.inc()
+                    self._answer(waiting, Issued(record.pack(), replayed=True))
+                else:
+                    self._answer(waiting, KEY_REUSED)
         except Fault as fault:
             log.warning("ledger look-up failed", fault=str(fault))
             self._answer_all(unknown, UNREACHABLE)
-            return
-        for waiting in unknown:
-            record = known.get(waiting.the_request)
-            if record is None:
-                waiting.looked_up_in = generation
-                self._queue_again([waiting])
-            elif record.payload == waiting.the_request.payload:
-                self._answer(waiting, Issued(record.pack(), replayed=True))
-            else:
-                self._answer(waiting, KEY_REUSED)
+        except Exception:  # the boundary of a task: nobody else would answer these
+            log.exception("ledger look-up failed")
+            self._answer_all(unknown, UNREACHABLE)
 
     def _await_refill(self, waiting: _Waiting, pool: str) -> None:
         """The window is short: ask again when the worker had time to refill it (P4: this is no 409)."""
@@ -382,7 +386,10 @@ class Issuer:
         self._waiting -= 1
         if not self._waiting:
             self._idle.set()
-        waiting.answered(outcome)
+        try:
+            waiting.answered(outcome)
+        except Exception:  # a defect at one end must not cost the others of the batch their answers
+            log.exception("answer not delivered")
 
     def _answer_all(self, batch: Iterable[_Waiting], outcome: Outcome) -> None:
         for waiting in batch:

@@ -33,7 +33,7 @@ BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # requests; 256 vouchers is
 
 requests = Counter("voucherd_requests", "Requests answered", ["api", "status", "code"])  # by Tally
 request_seconds = Histogram(
-    "voucherd_request_seconds", "Seconds from a request's headers to its answer", ["api"], buckets=SECONDS
+    "voucherd_request_seconds", "Seconds from the moment a request is taken up to its answer", ["api"], buckets=SECONDS
 )  # by Tally
 requests_malformed = Counter(
     "voucherd_requests_malformed", "Requests refused because they broke the rules or bounds of HTTP", ["code"]
@@ -111,7 +111,7 @@ class Tally:
         self._seconds = 0.0
 
     def count(self, status: int, code: str, seconds: float) -> None:
-        """One answer with this status and code, ``seconds`` after its request's headers."""
+        """One answer with this status and code, ``seconds`` after its request was taken up."""
         self._codes[status, code] += 1
         self._buckets[bisect_left(SECONDS, seconds)] += 1
         self._seconds += seconds

@@ -57,22 +57,25 @@ class App:
         """Answers a voucher request that came whole, by calling ``answered`` once.  False: it is not a plain one (or
         not one at all), nothing was done, and ``__call__`` answers it."""
         began = perf_counter()
-        if (asked := plain(headers, body)) is None:
-            return False
-        token, request = asked
 
-        def tell(outcome: Outcome) -> None:
+        def tell(answer: Answer) -> None:
+            answered(answer)
+            self.tally.count(answer.status, answer.code, perf_counter() - began)
+
+        def settle(outcome: Outcome) -> None:
             try:
                 answer = told(outcome, request)
             except Exception as fault:  # noqa: BLE001 - as above
                 answer = defect(fault, PATH)
-            answered(answer)
-            self.tally.count(answer.status, answer.code, perf_counter() - began)
+            tell(answer)
 
         try:
-            self._issuer.submit(token, request, tell)
+            if (asked := plain(headers, body)) is None:
+                return False
+            token, request = asked
+            self._issuer.submit(token, request, settle)
         except Exception as fault:  # noqa: BLE001 - as above
-            answered(defect(fault, PATH))
+            tell(defect(fault, PATH))
         return True
 
     @contextlib.asynccontextmanager

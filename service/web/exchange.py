@@ -65,7 +65,8 @@ class Exchange:
         if self.response_complete:
             return
         self.response_complete = True
-        if not self.disconnected:
+        # uvicorn tells only the newest of pipelined requests that its client is gone.
+        if not (self.disconnected or self.transport.is_closing()):
             self._write(answer)
         self._done(self)
 

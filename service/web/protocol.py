@@ -87,7 +87,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client that only stopped sending still gets the answers to what it has asked.  False: close now."""
-        if self.lingering or not self.whole or self.cycle is None or self.cycle.response_complete:
+        unfinished = self.headed and not self.whole  # then self.cycle is of the request that will never be whole
+        if self.lingering or unfinished or self.cycle is None or self.cycle.response_complete:
             return False
         self.cycle.keep_alive = False
         return True
@@ -214,6 +215,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._leave_to_asgi(exchange)
         elif not exchange.response_complete:
             self.tasks.add(exchange)  # type: ignore[arg-type]  # what uvicorn waits for before it stops, and cancels
+        if self.draining:
+            self.loop.call_later(IDLE_GRACE_S, self._close_if_idle)  # if its answer came before it was whole
 
     def on_response_complete(self) -> None:
         if self.lingering:
@@ -294,9 +297,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _look_if_idle(self) -> None:
         """Closes a connection that was idle for too long.  One timer a connection, not one a request as in uvicorn."""
         self.idle_timer = None
-        if not self.whole or not (self.cycle is None or self.cycle.response_complete):
+        if not (self.cycle is None or self.cycle.response_complete):
             return  # the end of this request sets it again
         left = self.idle_since + self.timeout_keep_alive - self.loop.time()
+        if not self.whole:  # it was answered before it was whole, and what is left of it has its own time limit
+            left = self.timeout_keep_alive
         if left > 0:
             self.idle_timer = self.loop.call_later(left, self._look_if_idle)
         else:

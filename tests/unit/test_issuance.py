@@ -230,9 +230,23 @@ async def test_while_records_are_restored_the_ledger_is_asked_before_a_code_is_g
     assert isinstance(await service.issue(TOKEN, request()), Issued)
     assert script.looked_up == [False, True, False, True], "what was looked up holds for one generation"
     await service.drain()
-    service = issuer(Script("LOOKUP"), known=StoreUnreachable())
-    assert await service.issue(TOKEN, request()) == Busy("store_unreachable")
-    await service.drain()
+    for fault in (StoreUnreachable(), ZeroDivisionError()):
+        service = issuer(Script("LOOKUP"), known=fault)
+        assert await service.issue(TOKEN, request()) == Busy("store_unreachable")
+        await service.drain()
+
+
+async def test_answer_that_can_not_be_delivered_costs_nobody_else_theirs() -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("the connection is gone")
+
+    service = issuer(Script("ISSUED"))
+    told: list[object] = []
+    for number in range(6):
+        service.submit(TOKEN, request(f"r{number}"), broken if number in (1, 3) else told.append)
+    await asyncio.wait_for(service.issue(TOKEN, request("next")), 1)
+    assert [type(outcome) for outcome in told] == [Issued] * 4
+    await asyncio.wait_for(service.drain(), 1)
 
 
 @pytest.mark.parametrize(("says", "outcome"), [("REPLAY", Issued), ("REUSED", KeyReused), ("MISS", Busy)])
