@@ -1,4 +1,4 @@
-"""An exchange whose connection changed under it.  What it does over real sockets: tests/integration/test_protocol.py."""
+"""An exchange whose connection changed under it; over real sockets it is in tests/integration/test_protocol.py."""
 
 from __future__ import annotations
 
