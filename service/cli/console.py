@@ -44,8 +44,9 @@ def print_table(
     for column in columns:
         right = column in numbers
         table.add_column(
-            column, justify="right" if right else "left", overflow="fold", no_wrap=right or column in whole
-        )
+            column.replace(" ", "\n") if right else column,  # numbers are short, their headings need not be wide
+            justify="right" if right else "left", overflow="fold", no_wrap=right or column in whole,
+        )  # fmt: skip
     for row in rows:
         table.add_row(*(shown(cell) for cell in row))
     _console().print(table)
