@@ -134,7 +134,7 @@ class Issuer:
     async def issue(self, token: str, request: Request) -> Outcome:
         """The outcome of one request, as ``submit`` tells it."""
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.submit(token, request, partial(_settle, outcome))
+        self.submit(token, request, partial(_resolve, outcome))
         return await outcome
 
     async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy:
@@ -144,7 +144,7 @@ class Issuer:
         if len(self._checks) >= CHECKS_MAX:
             return OVERLOADED
         who: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._checks.append(_Waiting(token, None, partial(_settle, who), self._clock() + self._deadline_s))
+        self._checks.append(_Waiting(token, None, partial(_resolve, who), self._clock() + self._deadline_s))
         self._expect_answer()
         checked: Authenticated | Unauthorized | Suspended | Busy = await who
         return checked
@@ -473,7 +473,7 @@ RATE_LIMITED: Final = RateLimited()
 KEY_REUSED: Final = KeyReused()
 
 
-def _settle(future: asyncio.Future[Any], outcome: object) -> None:
+def _resolve(future: asyncio.Future[Any], outcome: object) -> None:
     if not future.done():  # whoever waited may have gone
         future.set_result(outcome)
 

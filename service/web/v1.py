@@ -1,8 +1,9 @@
 """``POST /api/v1/voucher/request``: one voucher for one request.
 
 ``VoucherRequests.answer`` is the whole of it, in the contract's order: method, token, media type, size, JSON,
-fields, distributor, key, issue.  It is called ahead of Starlette and works on plain ASGI, and its own work is
-about 8 us a request; what is unusual is explained in the slower functions below it.
+fields, distributor, key, issue.  It is called ahead of Starlette and works on plain ASGI; what is unusual is explained
+in the slower functions below it.  Most requests don't get there: ``plain`` takes those about which nothing is wrong or
+unusual, and ``told`` words the answer of both.
 
 The token comes before whatever else may be wrong, and only a script call can tell that a token is in force.  So a
 request that is malformed waits for a fence check before it is refused, and a well-formed one brings its token
@@ -133,13 +134,9 @@ def plain(headers: dict[bytes, bytes], body: bytes | bytearray) -> tuple[str, Re
 
 def told(outcome: Outcome, request: Request) -> Answer:
     """What the client is told.  Raises ValueError if its record is of a layout that this version does not read."""
-    if type(outcome) is Issued:
-        return rendered(outcome)
-    return _refused(outcome, request)
-
-
-def _refused(outcome: Outcome, request: Request) -> Answer:
     match outcome:
+        case Issued():
+            return rendered(outcome)
         case Unavailable(code, considered):
             return unavailable(code, request.products, considered, request.key)
         case Unauthorized(code) | Busy(code):
@@ -150,8 +147,6 @@ def _refused(outcome: Outcome, request: Request) -> Answer:
             return problem("distributor_suspended", request_id=request.key)
         case RateLimited():
             return problem("rate_limited", request_id=request.key)
-        case Issued():
-            return rendered(outcome)
 
 
 # --- the answer, from a record

@@ -23,8 +23,9 @@ from service.worker.watch import Watch
 
 log = structlog.get_logger()
 
-# Seconds between two steps of a loop if the first found nothing to do.  Flush and refill wait inside their steps (for
-# an entry, for demand) and pause only so that demand that can't be met does not make them spin.
+# Seconds between two steps of a loop, unless the first said that there is more.  Refill waits inside its step (for
+# demand) and pauses only so that demand that can't be met does not make it spin.  Flush waits inside its step for an
+# entry and pauses so that one transaction holds many: a step costs some ten milliseconds whatever it flushes.
 RECOVER_S: Final = 0.1
 PUBLISH_S: Final = 1.0
 FLUSH_S: Final = 0.2
