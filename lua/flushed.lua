@@ -6,16 +6,18 @@
 --   2  outbox    stream
 -- ARGV
 --   1  consumer group
---   2  highest outbox sequence in the ledger now, 0 if unknown
+--   2  outbox sequence of one of these entries that is in the ledger, 0 if none is
 --   then per entry: its stream id, the codes that it held
 -- Returns {status, entries taken out}
---   OK  each entry that was still there is acknowledged, deleted and no longer counted
+--   OK  each entry that was still there is acknowledged, deleted and no longer counted; if there was any, the sequence
+--       is among the last 16 noted.  A store that came back older lacks at least one of them: workers commit in
+--       another order than they acknowledge, but each has one flush under way, and there are fewer than 16
 -- Cost: 2 us an entry
 
 local seq = tonumber(ARGV[2])
 local flushed, codes = unpack(redis.call('HMGET', KEYS[1], 'flushed', 'codes'))
-flushed, codes = tonumber(flushed or 0), tonumber(codes or 0)
-if not seq or seq % 1 ~= 0 or seq < 0 or seq > 9007199254740991 or not flushed or not codes
+flushed, codes = flushed or '', tonumber(codes or 0)
+if not seq or seq % 1 ~= 0 or seq < 0 or seq > 9007199254740991 or string.find(flushed, '[^%d,]') or not codes
   or #ARGV < 2 or #ARGV % 2 ~= 0 then
   return redis.error_reply('BADCALL flushed')
 end
@@ -41,7 +43,11 @@ end
 if held > 0 then
   redis.call('HINCRBY', KEYS[1], 'codes', -held)
 end
-if seq > flushed then
-  redis.call('HSET', KEYS[1], 'flushed', string.format('%d', seq))
+if taken > 0 and seq > 0 then
+  local _, others = string.gsub(flushed, '%d+', '')
+  if others == 16 then
+    flushed = string.match(flushed, ',(.*)')
+  end
+  redis.call('HSET', KEYS[1], 'flushed', (others > 0 and flushed .. ',' or '') .. string.format('%d', seq))
 end
 return {'OK', taken}

@@ -34,6 +34,14 @@ class StoreIsOlder(Fault):
     """The durable store is older than Redis: leasing, importing and publishing are stopped."""
 
 
+class LedgerLacks(StoreIsOlder):
+    """The ledger lacks entries that were flushed into it; ``seq`` is the outbox sequence of one of them."""
+
+    def __init__(self, seq: int) -> None:
+        super().__init__()
+        self.seq = seq
+
+
 class GenerationClosed(Fault):
     """The generation is not open (or being built) in the store, so nothing may be leased to it."""
 

@@ -36,8 +36,8 @@ from service.domain import RECORD_SEPARATOR, Code, Request
 from service.errors import Misconfigured, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
-    "issue", "replay", "restock", "stock", "exhausted", "publish", "open", "restore", "flushed", "forget", "books",
-    "rights",
+    "issue", "replay", "restock", "stock", "exhausted", "publish", "open", "restore", "flushed", "distrust", "forget",
+    "books", "rights",
 )  # fmt: skip
 
 # Codes set aside by one call: enough that an expired lot of a full window is stepped over within a few hundred
@@ -218,8 +218,9 @@ class Books(msgspec.Struct, frozen=True):
     popped: int
     set_aside: int
     taken_back: int
-    flushed: int
+    lost: int  # outbox sequence that was flushed and that the store lost; 0 if it did not
     entries: int
+    flushed: tuple[int, ...]  # outbox sequences that were flushed last
     windows: dict[str, Window]
 
 
@@ -465,15 +466,24 @@ class Scripts:
         )  # fmt: skip
         return raw[0], int(raw[1])
 
-    async def flushed(self, group: str, entries: Sequence[tuple[str, int]], *, generation: int, last_seq: int) -> int:
-        """Runs ``lua/flushed.lua`` for ``entries`` of (stream id, codes): how many were still in the outbox."""
+    async def flushed(self, group: str, entries: Sequence[tuple[str, int]], *, generation: int, seq: int) -> int:
+        """Runs ``lua/flushed.lua`` for ``entries`` of (stream id, codes): how many were still in the outbox.
+
+        ``seq``: outbox sequence of one of them that is in the ledger, 0 if none is.
+        """
         p = self.partition
         raw = await self._call(
             "flushed",
             [keys.totals(p, generation), keys.outbox(p, generation)],
-            [group, last_seq, *(value for entry in entries for value in entry)],
+            [group, seq, *(value for entry in entries for value in entry)],
         )
         return int(raw[1])
+
+    async def distrust(self, generation: int, seq: int) -> Literal["OK", "GONE"]:
+        """Runs ``lua/distrust.lua``: it is noted that the store lost the entry ``seq``, which was flushed."""
+        raw = await self._call("distrust", [keys.totals(self.partition, generation)], [seq])
+        status: Literal["OK", "GONE"] = raw[0]
+        return status
 
     async def forget(self, found: Sequence[str], *, generation: int) -> tuple[Literal["OK", "OPEN", "HELD"], int]:
         """Runs ``lua/forget.lua``: the keys ``found`` of a generation that was left are gone; how many there were."""
@@ -494,10 +504,10 @@ class Scripts:
         )  # fmt: skip
         if raw[0] == "MOVED":
             return None
-        seq, codes, restocked, popped, set_aside, taken_back, flushed, entries = (int(value) for value in raw[2:10])
-        windows = raw[10:]
+        seq, codes, restocked, popped, set_aside, taken_back, lost, entries = (int(value) for value in raw[2:10])
+        flushed, windows = sequences(raw[10]), raw[11:]
         return Books(
-            seq, codes, restocked, popped, set_aside, taken_back, flushed, entries,
+            seq, codes, restocked, popped, set_aside, taken_back, lost, entries, flushed,
             {
                 pool: Window(int(windows[i]), windows[i + 1], int(windows[i + 2]), int(windows[i + 3] or -1))
                 for i, pool in zip(range(0, len(windows), 4), pools, strict=True)
@@ -551,6 +561,11 @@ def counter_key(partition: int, generation: int, counter: Counter, start: int) -
     """The caps hash of ``counter`` for the period that starts at ``start`` (0 for a total)."""
     period = counter.period if counter.period == "total" else f"{counter.period}:{start}"
     return keys.caps(partition, generation, counter.campaign, period)
+
+
+def sequences(text: str) -> tuple[int, ...]:
+    """The outbox sequences that ``flushed`` noted last."""
+    return tuple(map(int, text.split(","))) if text else ()
 
 
 def parse_separated(text: str) -> list[str]:

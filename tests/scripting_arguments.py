@@ -106,7 +106,8 @@ async def prepare(bench: Bench) -> dict[str, Call]:
             [Count(total, "c", 3, 0), Count(day, "c", 3, now + 900)],
             open_generation=1, generation=1, retention_s=86_400,
         ),
-        doors.flushed("ledger", entries, generation=1, last_seq=2),
+        doors.flushed("ledger", entries, generation=1, seq=2),
+        doors.distrust(1, 1),
         doors.forget([keys.window(0, 3, "P"), keys.totals(0, 3)], generation=3),
         doors.books(["P", "Q"], generation=1),
         doors.rights(["get", "set"]),
@@ -263,5 +264,5 @@ class Ground:
 
 def _is_number(key: str, field: str) -> bool:
     if key.endswith(":totals") or ":caps:" in key:
-        return field != "some"
+        return field not in ("some", "flushed")
     return (":pool:" in key and field in ("stock", "exhausted", "low")) or field == "open"

@@ -388,7 +388,7 @@ class ScriptCases:
         assert await bench.words(Routed(request("d"), same), outbox_max=5) == ["BACKLOG"]
         assert await bench.contents() == before
         [entry, _] = await bench.outbox()
-        assert await bench.scripts.flushed("ledger", [(entry[0], 4)], generation=1, last_seq=1) == 1
+        assert await bench.scripts.flushed("ledger", [(entry[0], 4)], generation=1, seq=1) == 1
         assert await bench.words(Routed(request("b", quantity=2), same), outbox_max=5) == ["ISSUED"]
 
     # --- issue: set aside -------------------------------------------------------------------------------------------
@@ -632,16 +632,40 @@ class ScriptCases:
             await bench.words(Routed(request(f"r{i}", quantity=i + 1), plan()))
         read = await bench.redis.xreadgroup("ledger", "me", {outbox: ">"})
         ids = [entry for entry, _ in read[0][1]]
-        assert await bench.scripts.flushed("ledger", [(ids[0], 1), (ids[1], 2)], generation=1, last_seq=2) == 2
+        assert await bench.scripts.flushed("ledger", [(ids[0], 1), (ids[1], 2)], generation=1, seq=2) == 2
         again = [(ids[0], 1), (ids[1], 2), (ids[2], 3), (ids[2], 3), ("1-1", 50)]
-        assert await bench.scripts.flushed("ledger", again, generation=1, last_seq=1) == 1
+        assert await bench.scripts.flushed("ledger", again, generation=1, seq=1) == 1
         books = await bench.scripts.books(["P"], generation=1)
         assert books is not None
-        assert (books.codes, books.entries, books.flushed, books.seq) == (4, 1, 2, 4)
+        assert (books.codes, books.entries, books.flushed, books.seq) == (4, 1, (2, 1), 4)
         assert (await bench.redis.xpending(outbox, "ledger"))["pending"] == 1
         await bench.redis.delete(outbox)
-        assert await bench.scripts.flushed("ledger", [(ids[3], 4)], generation=1, last_seq=4) == 0
+        assert await bench.scripts.flushed("ledger", [(ids[3], 4)], generation=1, seq=4) == 0
         await bench.redis.hset(keys.totals(0, 1), "codes", 0)
+
+    async def test_the_last_flushes_are_noted_and_no_more(self, bench: Bench) -> None:
+        await bench.restock(count=20)
+        for i in range(20):
+            await bench.words(Routed(request(f"r{i}"), plan()))
+        entries = [entry for entry, _ in await bench.outbox()]
+        for seq in (2, 1, *range(3, 21)):
+            assert await bench.scripts.flushed("ledger", [(entries[seq - 1], 1)], generation=1, seq=seq) == 1
+            assert await bench.scripts.flushed("ledger", [(entries[seq - 1], 1)], generation=1, seq=seq) == 0
+            books = await bench.scripts.books([], generation=1)
+            assert books is not None
+            assert books.flushed == (2, 1, *range(3, 21))[: 1 if seq == 2 else max(seq, 2)][-16:]
+        assert books.codes == 0
+
+    async def test_a_gap_in_the_store_stays_known(self, bench: Bench) -> None:
+        await bench.restock()
+        before = await bench.contents()
+        assert await bench.scripts.distrust(2, 1) == "GONE"
+        assert await bench.contents() == before
+        for seq in (3, 5):
+            assert await bench.scripts.distrust(1, seq) == "OK"
+            books = await bench.scripts.books([], generation=1)
+            assert books is not None
+            assert books.lost == 3
 
     async def test_only_a_generation_that_was_left_and_is_flushed_is_forgotten(self, bench: Bench) -> None:
         await bench.restock(count=3)
@@ -655,7 +679,7 @@ class ScriptCases:
         before = await bench.contents()
         assert await bench.scripts.forget(of_it, generation=1) == ("HELD", 0)
         assert await bench.contents() == before
-        await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, last_seq=1)
+        await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, seq=1)
         assert await bench.scripts.forget([*of_it, keys.window(0, 1, "Q")], generation=1) == ("OK", 4)
         assert [key for key in await bench.contents() if key in of_it] == []
         await bench.redis.flushall()
@@ -693,7 +717,7 @@ class ScriptCases:
             assert await bench.contents() == before
             reply = await bench.scripts.replay([request("old"), request("new")], generation=1, version=1)
             assert [(one.status, one.detail) for one in reply.answers] == [("REPLAY", issued), ("MISS", "")]
-            assert await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, last_seq=1) == 1
+            assert await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, seq=1) == 1
         finally:
             await bench.set_full(False)
         assert await bench.words(Routed(request("new"), plan())) == ["ISSUED"]

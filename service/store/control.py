@@ -298,6 +298,14 @@ async def load_snapshot(connection: AsyncConnection) -> tuple[int, bytes]:
     return int(row.version), bytes(row.snapshot)
 
 
+async def saved_snapshot(connection: AsyncConnection, version: int) -> bytes | None:
+    """The published form of ``version``, None if the store has none."""
+    found = await connection.scalar(
+        select(catalogue_versions.c.snapshot).where(catalogue_versions.c.version == version)
+    )
+    return None if found is None else bytes(found)
+
+
 # --- rules ---------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ here steps around them: one position of stock ``(lot, seq)`` and one code (its d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from typing import Any, Final, NamedTuple
@@ -31,7 +31,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import BigInteger, Text
 
-from service.errors import StoreUnreachable
+from service.errors import LedgerLacks, StoreUnreachable
 from service.store import generations
 from service.store.database import Database
 from service.store.entries import (
@@ -75,7 +75,7 @@ class Flushed(msgspec.Struct, frozen=True):
     paused: tuple[str, ...] = ()
 
 
-async def flush(database: Database, entries: Sequence[Entry], now: int) -> Flushed:
+async def flush(database: Database, entries: Sequence[Entry], now: int, *, before: Collection[int] = ()) -> Flushed:
     """Every code of ``entries`` is accounted for, durably and once, however often they are flushed and by whom.
 
     One transaction that shares the partitions' locks.  An entry whose ``outbox_seq`` is new goes into the ledger.
@@ -83,6 +83,9 @@ async def flush(database: Database, entries: Sequence[Entry], now: int) -> Flush
     that was issued or set aside before, by whatever entry, raises ``double_issue`` in place of its second row, and
     the campaigns that issued it are paused in the store; its request is in the ledger all the same, so that a replay
     finds it.  An entry that no row can hold is parked.  There is one incident a position: a repeat raises none.
+
+    ``before``: outbox sequences of these entries' generation that were committed before this call.  Raises
+    LedgerLacks, and nothing was committed, if the ledger lacks one: rows written now could hide that it is older.
 
     Raises StoreUnreachable: all of it was committed or nothing; flush the same entries again.
     """
@@ -94,6 +97,8 @@ async def flush(database: Database, entries: Sequence[Entry], now: int) -> Flush
     async with database.write() as conn:
         for partition in sorted({entry.partition for entry in fit}):
             await generations.lock(conn, partition, exclusive=False)
+        if lost := await lacking(conn, *entries[0].position[:2], before):
+            raise LedgerLacks(lost[0])
         for entry, reason in zip(entries, reasons, strict=True):
             if reason is not None:
                 partition, generation, _ = entry.position
@@ -109,6 +114,17 @@ async def flush(database: Database, entries: Sequence[Entry], now: int) -> Flush
             parked=set_away,
             paused=await _still_paused(conn, written.campaigns | compared.campaigns),
         )
+
+
+async def lacking(conn: AsyncConnection, partition: int, generation: int, seqs: Collection[int]) -> list[int]:
+    """Those of ``seqs``, some dozen outbox sequences, of which the ledger has no row."""
+    known: set[int] = set()
+    for table in (requests, set_asides, incidents) if seqs else ():
+        there = select(table.c.outbox_seq).where(
+            table.c.partition == partition, table.c.generation == generation, table.c.outbox_seq.in_(seqs)
+        )
+        known.update(await conn.scalars(there))
+    return sorted(set(seqs) - known)
 
 
 async def park(

@@ -12,12 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
 from service.store.entries import Entry, Way, chunks, unfit, way_of
-from service.store.flush import DOUBLE_ISSUE, Flushed, flush, park, raise_incident
-from service.store.schema import WAY, codes, incidents, issuances, lots, requests, set_asides
+from service.store.flush import DOUBLE_ISSUE, Flushed, flush, lacking, park, raise_incident
+from service.store.schema import WAY, codes, incidents, issuances, lots, requests
 from service.store.stock import digest
 
 __all__ = [
-    "Count", "Entry", "Flushed", "Found", "counts", "find", "flush", "last_seq", "lookup", "newest_first",
+    "Count", "Entry", "Flushed", "Found", "counts", "find", "flush", "lacking", "lookup", "newest_first",
     "park", "raise_incident", "unfit",
 ]  # fmt: skip
 
@@ -104,17 +104,6 @@ async def newest_first(
             return page
         row = told[-1][0]
         before = (row.generation, row.outbox_seq, row.ordinal)
-
-
-async def last_seq(conn: AsyncConnection, partition: int, generation: int) -> int:
-    """The highest ``outbox_seq`` that the store knows of in this generation, 0 if none."""
-    highest = 0
-    for table in (requests, set_asides, incidents):
-        found = await conn.scalar(
-            select(func.max(table.c.outbox_seq)).where(table.c.partition == partition, table.c.generation == generation)
-        )
-        highest = max(highest, found or 0)
-    return highest
 
 
 async def counts(conn: AsyncConnection, campaign: str, since: int) -> list[Count]:

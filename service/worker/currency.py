@@ -6,7 +6,11 @@ would reuse positions, publishing would reuse versions; so each of them asks her
 
 from __future__ import annotations
 
-from service.errors import StoreIsOlder
+from redis.exceptions import RedisError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import keys
+from service.errors import RedisUnreachable, StoreIsOlder
 from service.scripts import Books, Generation, Scripts
 from service.store import control, generations, ledger, stock
 from service.store.database import Database
@@ -22,10 +26,12 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
     async with database.read() as conn:
         pools = list(await stock.stock_versions(conn))
     books = await scripts.books(pools, generation=seen.open) if seen.open else None
+    catalogue = await catalogue_at(scripts, seen.fence)
     async with database.read() as conn:
-        version = await control.version(conn)
+        if older := await older_catalogue(conn, seen.fence, catalogue):
+            raise StoreIsOlder(older)
         newest = await generations.newest(conn, scripts.partition)
-        flushed = await ledger.last_seq(conn, scripts.partition, seen.open)
+        lost = await ledger.lacking(conn, scripts.partition, seen.open, books.flushed) if books else []
         unknown = [
             pool
             for pool, window in (books.windows.items() if books else ())
@@ -33,16 +39,37 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
         ]
     if seen.open > newest:
         raise StoreIsOlder(f"the store is older than Redis: it knows generation {newest}, Redis has {seen.open} open")
-    if seen.fence > version:
-        raise StoreIsOlder(
-            f"the store is older than Redis: its catalogue is {version}, the fence stands at {seen.fence}"
-        )
     if unknown:
         raise StoreIsOlder(
             f"the store is older than Redis: it does not know the last lease of {', '.join(unknown[:5])}"
         )
-    if books and books.flushed > flushed:
-        raise StoreIsOlder(
-            f"the store is older than Redis: its ledger ends at outbox entry {flushed}, {books.flushed} were flushed"
-        )
+    if books and books.lost:
+        lost = [books.lost]
+    if lost:
+        raise StoreIsOlder(f"the store is older than Redis: its ledger lacks outbox entry {lost[0]}, which was flushed")
     return seen, books
+
+
+async def catalogue_at(scripts: Scripts, fence: int) -> bytes | None:
+    """What Redis has of catalogue ``fence``; None if it has none of it.  Raises RedisUnreachable."""
+    if fence < 1:
+        return None
+    try:
+        text = await scripts.redis.get(keys.catalogue(fence))
+    except RedisError as error:
+        raise RedisUnreachable from error
+    return text.encode("utf-8", "surrogateescape") if text is not None else None
+
+
+async def older_catalogue(conn: AsyncConnection, fence: int, catalogue: bytes | None) -> str:
+    """Why the store is older than the ``fence`` and what Redis has of the catalogue there, '' if it is not.
+
+    A store that came back older and was edited while Redis was away has made that version a second time; later ones
+    would hide it, so it is the version at the fence that is compared and not the newest.
+    """
+    version = await control.version(conn)
+    if fence > version:
+        return f"the store is older than Redis: its catalogue is {version}, the fence stands at {fence}"
+    if catalogue is not None and catalogue != await control.saved_snapshot(conn, fence):
+        return f"the store is older than Redis, which has another catalogue {fence}"
+    return ""

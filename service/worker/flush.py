@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service import keys, metrics
 from service.catalogue import cap_field, period_bounds
 from service.domain import Code, Record
-from service.errors import RedisUnreachable
-from service.scripts import Count, Counter, Scripts, counter_key, parse_separated
+from service.errors import LedgerLacks, RedisUnreachable
+from service.scripts import Count, Counter, Scripts, counter_key, parse_separated, sequences
 from service.store import control, ledger
 from service.store.database import Database
 from service.store.ledger import Entry
@@ -149,7 +149,7 @@ class Flush:
                 metrics.parked.inc()
                 log.error("entry parked", partition=partition, generation=generation, entry=entry_id)
             taken_out.append((entry_id, held))
-        result = await ledger.flush(self._database, good, now)
+        result = await self._to_ledger(generation, good, now)
         if result.paused:  # in force before the entries are gone, so that a crash here pauses it at the next step
             await change(
                 self._database,
@@ -164,15 +164,34 @@ class Flush:
             await self._restore_if_late(generation, good)
         gone = 0
         if taken_out:
-            async with self._database.read() as conn:
-                last = await ledger.last_seq(conn, partition, generation)
-            gone = await self._scripts.flushed(GROUP, taken_out, generation=generation, last_seq=last)
+            seq = next((entry.outbox_seq for entry in good if ledger.unfit(entry) is None), 0)
+            gone = await self._scripts.flushed(GROUP, taken_out, generation=generation, seq=seq)
         metrics.flushed.inc(result.issued)
         metrics.set_aside.inc(result.set_aside)
         if result.incidents:
             metrics.incidents.labels("double_issue").inc(result.incidents)
             log.critical("codes met a wall of the ledger; their campaigns are paused", codes=result.incidents)
         return Flushed(gone, result.issued + result.set_aside, parked + result.parked, result.incidents)
+
+    async def _to_ledger(self, generation: int, entries: Sequence[Entry], now: int) -> ledger.Flushed:
+        """A store that came back older still takes what is flushed now, but not before Redis has a note of the gap
+        that these rows would hide (currency.py)."""
+        totals = keys.totals(self._scripts.partition, generation)
+        try:
+            before = sequences(await self._scripts.redis.hget(totals, "flushed") or "")
+        except RedisError as error:
+            raise RedisUnreachable from error
+        try:
+            return await ledger.flush(self._database, entries, now, before=before)
+        except LedgerLacks as fault:
+            await self._scripts.distrust(generation, fault.seq)
+            log.critical(
+                "the store lost what was flushed",
+                partition=self._scripts.partition,
+                generation=generation,
+                outbox_seq=fault.seq,
+            )
+            return await ledger.flush(self._database, entries, now)
 
     async def _read(self, generation: int, block_ms: int) -> list[tuple[str, dict[str, str] | None]]:
         redis, outbox = self._scripts.redis, keys.outbox(self._scripts.partition, generation)

@@ -14,10 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys
 from service.catalogue import encode
-from service.errors import RedisUnreachable, ScriptFailed, StoreIsOlder
+from service.errors import RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
 from service.scripts import Scripts
 from service.store import control
 from service.store.database import Database
+from service.worker.currency import catalogue_at, older_catalogue
 
 log = structlog.get_logger()
 
@@ -31,8 +32,10 @@ PRELOAD_POLL_S: Final = 0.02
 # A process that has not reported for this long is not waited for.
 REPORT_AGE_MS: Final = 1_000
 
-# How long a partition that is being recovered is waited for before the command says that it was not reached.
+# How long a command tries to reach Redis, and waits for a partition that is being recovered, before it says that it
+# was not reached.  What is written to the store before Redis was seen could go into one that came back older.
 UNREACHED_S: Final = 5.0
+UNREACHED_POLL_S: Final = 0.1
 
 # Superseded snapshots stay this long for processes that are about to read them; the store has every version.
 SUPERSEDED_S: Final = 300
@@ -61,45 +64,44 @@ async def change(
 
     What ``edit`` raises leaves everything as it was.  Raises StoreIsOlder before anything is written.
     """
-    fence = await _fence(scripts)
+    deadline = time.monotonic() + UNREACHED_S
+    while (in_force := await _in_force(scripts)) is None and time.monotonic() < deadline:
+        await asyncio.sleep(UNREACHED_POLL_S)
     now = int(time.time())
     async with database.write() as conn:
-        if (version := await control.version(conn)) < fence:
-            raise StoreIsOlder(
-                f"the store is older than Redis: its catalogue is {version}, the fence stands at {fence}"
-            )
+        if in_force is not None and (older := await older_catalogue(conn, *in_force)):
+            raise StoreIsOlder(older)
         result = await edit(conn)
         version = await control.raise_version(conn)
         blob = encode(await control.snapshot(conn, version))
         await control.save_snapshot(conn, version, blob, now)
         await control.log(conn, actor=actor, action=action, subject=subject, detail=detail, now=now)
-    unreached = await announce(scripts, version, blob)
-    deadline = time.monotonic() + UNREACHED_S
+    unreached = await announce(database, scripts, version, blob)
     while unreached and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
-        unreached = await announce(scripts, version, blob)
-    if not unreached and (fence := await _fence(scripts)) > version:
-        # Another change may have been published since; but if not, Redis was away when it was asked at the beginning.
-        async with database.read() as conn:
-            known = await control.version(conn)
-        if known < fence:
-            unreached = [
-                f"{keys.tag(scripts.partition)}: the store is older than Redis, where catalogue {fence} is in force"
-            ]
+        await asyncio.sleep(UNREACHED_POLL_S)
+        unreached = await announce(database, scripts, version, blob)
     return Published(result, version, unreached)
 
 
-async def announce(scripts: Scripts, version: int, blob: bytes) -> list[str]:
-    """Puts a stored version in force; returns the partitions where that failed."""
+async def announce(database: Database, scripts: Scripts, version: int, blob: bytes) -> list[str]:
+    """Puts a stored version in force; returns the partitions where that failed.
+
+    Nothing is put in force onto a catalogue that the store does not have: it came back older, and was edited while
+    Redis was away.
+    """
     try:
-        if await _is_another(scripts, version, blob):
-            reason = f"the store is older than Redis, which has another catalogue {version}"
-        else:
+        fence = (await scripts.generation()).fence
+        catalogue = await catalogue_at(scripts, fence)
+        async with database.read() as conn:
+            reason = await older_catalogue(conn, fence, catalogue)
+        if not reason and await catalogue_at(scripts, version) not in (None, blob):
+            reason = f"Redis has another catalogue {version}"  # processes that have that one would never load this one
+        if not reason:
             await _preload(scripts, version, blob)
             if await scripts.publish(version) == "OK":
                 return []
             reason = "it is being recovered"
-    except (RedisError, RedisUnreachable, ScriptFailed, OSError) as error:
+    except (RedisError, RedisUnreachable, StoreUnreachable, ScriptFailed, OSError) as error:
         reason = type(error).__name__
     log.warning("partition not reached", partition=scripts.partition, version=version, reason=reason)
     return [f"{keys.tag(scripts.partition)}: {reason}"]
@@ -112,8 +114,17 @@ async def republish_once(database: Database, scripts: Scripts) -> int:
         if fence < 0 or await control.version(conn) <= fence:
             return 0
         version, blob = await control.load_snapshot(conn)
-    await announce(scripts, version, blob)
+    await announce(database, scripts, version, blob)
     return 1
+
+
+async def _in_force(scripts: Scripts) -> tuple[int, bytes | None] | None:
+    """The fence and what Redis has of the catalogue there; None while Redis is away."""
+    try:
+        fence = (await scripts.generation()).fence
+        return fence, await catalogue_at(scripts, fence)
+    except RedisUnreachable:
+        return None
 
 
 async def _fence(scripts: Scripts) -> int:
@@ -122,13 +133,6 @@ async def _fence(scripts: Scripts) -> int:
         return (await scripts.generation()).fence
     except RedisUnreachable:
         return -1
-
-
-async def _is_another(scripts: Scripts, version: int, blob: bytes) -> bool:
-    """Whether Redis has a snapshot of this version that is not this one: the store came back older, was edited while
-    Redis was away, and so made the version a second time.  Processes that have the first would never load it."""
-    text = await scripts.redis.get(keys.catalogue(version))
-    return text is not None and text.encode("utf-8", "surrogateescape") != blob
 
 
 async def _preload(scripts: Scripts, version: int, blob: bytes) -> None:

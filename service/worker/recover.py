@@ -187,7 +187,8 @@ class Recover:
         log.warning("rolled", partition=self._partition, to=generation)
         if version:
             async with self._database.read() as conn:
-                await announce(self._scripts, *await control.load_snapshot(conn))
+                newest = await control.load_snapshot(conn)
+            await announce(self._database, self._scripts, *newest)
         return Recovered(opened=generation, rolled=True)
 
     async def _counts(self, conn: AsyncConnection, generation: int, snapshot: Snapshot) -> list[Count]:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from service import keys, metrics
 from service.catalogue import Snapshot
-from service.errors import Conflict, GenerationClosed, RedisUnreachable
+from service.errors import Conflict, GenerationClosed, RedisUnreachable, StoreIsOlder
 from service.scripts import Scripts, Window
 from service.store import control, ledger, stock
 from service.store.database import Database
@@ -94,7 +94,8 @@ class Refill:
     async def run_once(self) -> Refilled:
         """Brings every pool of the catalogue above its low water, as far as stock and LEASES_MAX allow.
 
-        Raises RedisUnreachable or StoreUnreachable; what was leased by then is applied by the next step.
+        Raises RedisUnreachable or StoreUnreachable; what was leased by then is applied by the next step.  Raises
+        StoreIsOlder if the store came back older in the middle of it.
         """
         seen = await self._scripts.generation()
         if not seen.agrees:
@@ -164,6 +165,8 @@ class Refill:
             async with self._database.read() as conn:
                 codes = await stock.lease_codes(conn, lease)
                 version = (await stock.stock_versions(conn))[pool]
+            if len(codes) != lease.codes:
+                raise StoreIsOlder(f"the store lacks codes that it leased to {pool}: it came back older meanwhile")
             done = await self._scripts.restock(
                 pool, lease.id, lease.predecessor, codes, generation=generation, stock_version=version, low_water=low
             )

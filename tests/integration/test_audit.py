@@ -282,6 +282,22 @@ async def test_older_store_is_found(stage: Stage) -> None:
     assert any("older than Redis" in one.detail for one in _told(await stage.audit(), "P1"))
 
 
+async def test_store_that_lost_ledger_rows_is_found_however_much_is_flushed_afterwards(either: Stage) -> None:
+    await either.flush.run_once()
+    async with either.database.write() as conn:
+        for table in (schema.issuances, schema.requests):
+            await conn.execute(delete(table))
+    for i in range(40):
+        await either.issue(f"later-{i}")
+        await either.flush.run_once()
+        await either.refill.run_once()
+    books = await either.scripts.books([], generation=1)
+    assert books is not None
+    assert books.lost == 1
+    assert books.flushed == tuple(range(books.seq - 15, books.seq + 1))
+    assert any("its ledger lacks outbox entry 1" in one.detail for one in _told(await either.audit(), "P1"))
+
+
 async def test_change_not_in_force_is_found(stage: Stage) -> None:
     async with stage.database.write() as conn:
         await control.raise_version(conn)

@@ -15,7 +15,7 @@ from sqlalchemy import Table, func, insert, select, update
 
 from service.catalogue import Cap
 from service.domain import Code, Record, Rule
-from service.errors import StoreUnreachable
+from service.errors import LedgerLacks, StoreUnreachable
 from service.store import books, control, generations, ledger, stock
 from service.store.database import Database
 from service.store.ledger import Count, Entry, Flushed
@@ -115,8 +115,18 @@ async def test_entries_flushed_twice_leave_one_row_each(database: Database) -> N
     assert await ledger.flush(database, entries, NOW + 9) == Flushed(already=7)
     assert [await rows(database, table) for table in (requests, issuances, set_asides, incidents)] == before
     async with database.read() as conn:
-        assert await ledger.last_seq(conn, 0, 1) == 3
-        assert await ledger.last_seq(conn, 0, 2) == 0
+        assert await ledger.lacking(conn, 0, 1, (3, 4, 1, 2)) == [4]
+        assert await ledger.lacking(conn, 0, 2, (1,)) == [1]
+        assert await ledger.lacking(conn, 0, 1, ()) == []
+
+
+async def test_a_ledger_that_lacks_what_was_committed_before_takes_nothing(database: Database) -> None:
+    await ledger.flush(database, [entry(1, record("req-1", code(0)))], NOW)
+    with pytest.raises(LedgerLacks) as lacks:
+        await ledger.flush(database, [entry(4, record("req-4", code(4)))], NOW, before=(1, 2, 3))
+    assert lacks.value.seq == 2
+    assert await count(database, issuances) == 1
+    assert await ledger.flush(database, [entry(4, record("req-4", code(4)))], NOW, before=(1,)) == Flushed(issued=1)
 
 
 async def test_an_entry_that_came_twice_in_one_flush_is_written_once(database: Database) -> None:
@@ -365,7 +375,7 @@ async def test_incidents_without_a_position_are_never_taken_for_the_same(databas
         one = {"kind": "conflicting_entry", "partition": 0, "generation": 1, "subject": "x", "detail": "y", "now": NOW}
         assert await ledger.raise_incident(conn, **one, outbox_seq=4, ordinal=0)  # type: ignore[arg-type]
         assert not await ledger.raise_incident(conn, **one, outbox_seq=4, ordinal=0)  # type: ignore[arg-type]
-        assert await ledger.last_seq(conn, 0, 1) == 4
+        assert await ledger.lacking(conn, 0, 1, (4,)) == []
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

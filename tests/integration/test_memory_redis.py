@@ -233,7 +233,7 @@ async def test_no_script_answers_otherwise_than_on_a_real_server(valkey_url: str
                 outbox = f"{{0}}:{generation}:outbox"
                 entries = await scripts.redis.xrange(outbox)
                 some = [(id, int(fields["codes"])) for id, fields in entries[:3]]
-                taken = await scripts.flushed("ledger", some, generation=generation, last_seq=step)
+                taken = await scripts.flushed("ledger", some, generation=generation, seq=step)
                 answer = [taken, [codes for _, codes in some]]
             else:
                 answer = await scripts.books(["P", "Q"], generation=sent)

@@ -295,7 +295,7 @@ class Machine(RuleBasedStateMachine):
         held = [(entry, int(fields["codes"])) for entry, fields in entries]
         last = int(entries[-1][1]["seq"])
         for expected in (len(held), 0) if twice else (len(held),):
-            done = self.run(self.bench.scripts.flushed("ledger", held, generation=self.bench.generation, last_seq=last))
+            done = self.run(self.bench.scripts.flushed("ledger", held, generation=self.bench.generation, seq=last))
             assert done == expected
         del self.outbox[:count]
 

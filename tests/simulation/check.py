@@ -301,17 +301,23 @@ class Truth:
         self._check_books(data, generation, window)
         self._check_keys()
 
-    def check_kept(self) -> None:
-        """With an older store: every voucher that a client was told of is in the ledger or has its replay record."""
-        ledger = self.in_ledger()
+    def check_kept(self) -> int:
+        """With an older store: every voucher that a client was told of is in the ledger or has its replay record.
+
+        Returns how many are not in the ledger and not on their way there.
+        """
+        lost = 0
+        ledger, on_the_way = self.in_ledger(), codes_in_outboxes(self._server.data)
         values = {value for value in self._server.data.keys.values() if isinstance(value, str)}
         for (client, key), answers in self.told.items():
             for answer in answers:
                 if Record.unpack(answer.record).issued_at + self._retention_s <= self._server.clock():
                     continue
                 positions = {(code.lot, code.seq) for code in Record.unpack(answer.record).codes}
+                lost += not positions <= ledger | on_the_way
                 if answer.record not in values and not positions <= ledger:
                     self.broken("P2", f"{(client, key)} was told a voucher that neither the ledger nor Redis knows")
+        return lost
 
     def _check_books(self, data: Data, generation: int, window: set[Position]) -> None:
         totals: Any = data.keys.get(f"{{0}}:{generation}:totals", {})

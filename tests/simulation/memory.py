@@ -729,6 +729,9 @@ class Client:
     async def hset(self, key: str, field: str, value: Any) -> Any:
         return await self._one("hset", key, field, value)
 
+    async def hget(self, key: str, field: str) -> Any:
+        return await self._one("hget", key, field)
+
     async def hdel(self, key: str, *fields: str) -> Any:
         return await self._one("hdel", key, *fields)
 
