@@ -92,6 +92,16 @@ async def closed(conn: AsyncConnection, partition: int) -> list[int]:
     return [int(number) for number in found]
 
 
+async def unclosed(conn: AsyncConnection, partition: int) -> list[int]:
+    """The generations of a partition that are open or being built, oldest first."""
+    found = await conn.scalars(
+        select(generations.c.generation)
+        .where(generations.c.partition == partition, generations.c.state != CLOSED)
+        .order_by(generations.c.generation)
+    )
+    return [int(number) for number in found]
+
+
 async def make(conn: AsyncConnection, partition: int, reason: str, now: int) -> int:
     """A new generation is being built; its number is higher than every other.  The partition is locked exclusively."""
     await lock(conn, partition, exclusive=True)

@@ -157,9 +157,10 @@ class Recover:
             again = await self._scripts.generation()
             if (again.open, again.replid, again.server_replid) != (seen.open, seen.replid, seen.server_replid):
                 return Recovered()
-            current = await generations.current(conn, self._partition)
-            if current is not None:
-                await generations.close(conn, self._partition, current.generation, now)
+            # Also one that is being built: whoever built it may have died after it was open in Redis and before the
+            # store knew, and what was issued from it since is counted under caps only if it is closed.
+            for number in await generations.unclosed(conn, self._partition):
+                await generations.close(conn, self._partition, number, now)
             generation = await generations.make(conn, self._partition, reason, now)
         log.warning("rolling", partition=self._partition, to=generation, reason=reason)
         metrics.rolls.labels(reason).inc()

@@ -1,4 +1,5 @@
-"""What recovery leaves alone.  That it recovers at all is shown by the simulation and by the acceptance tests."""
+"""What recovery leaves alone, and what it counts.  That it recovers at all is shown by the simulation and by the
+acceptance tests."""
 
 from __future__ import annotations
 
@@ -8,7 +9,12 @@ from typing import Any
 import pytest
 
 from service import keys
+from service.catalogue import Cap
+from service.errors import StoreUnreachable
+from service.store import generations
 from service.store.database import Database
+from service.store.stock import Row
+from service.worker.stocking import import_codes
 from tests.integration.stage import Stage, staged
 
 
@@ -58,3 +64,29 @@ async def test_a_generation_that_is_open_where_the_address_leads_by_now_is_not_f
     monkeypatch.setattr(redis, "scan", then_flip)
     assert await stage.recover.clean_once() == 0
     assert await _keys_of(stage, 1) == before
+
+
+async def test_what_a_generation_issued_that_the_store_never_knew_to_be_open_counts_under_caps(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker died between opening it in Redis and committing that; then Redis lost all of it (P8)."""
+    await stage.campaign(caps=(Cap("campaign", "total", 3),))
+    rows = [Row(line, f"CODE-{line:04}", None, None) for line in range(1, 91)]
+    await import_codes(stage.database, stage.scripts, "CAMP-001", rows, import_id="first")
+
+    async def dies(*_: object) -> None:
+        raise StoreUnreachable
+
+    monkeypatch.setattr(generations, "open_", dies)
+    await stage.scripts.redis.hdel(keys.generation(0), "replid", "run_id")
+    with pytest.raises(StoreUnreachable):
+        await stage.recover.run_once()
+    seen = await stage.scripts.generation()
+    assert await stage.scripts.open(seen, 2, version=seen.fence, restoring=False) == "OK"  # there were no records
+    await stage.refill.run_once()
+    assert [answer.status for answer in await stage.issue("a", "b", "c", "d")] == ["ISSUED"] * 3 + ["NONE"]
+    monkeypatch.undo()
+    await stage.scripts.redis.flushall()
+    assert await stage.open() == 3
+    await stage.refill.run_once()
+    assert [(answer.status, answer.detail) for answer in await stage.issue("e")] == [("NONE", "capped")]
