@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 # What the migrations lead to, oldest first: a process that only looks need not load alembic.
-REVISIONS = ("pre_0001",)
+REVISIONS = ("pre_0001", "pre_0002")
 
 metadata = MetaData(
     naming_convention={
@@ -69,6 +69,7 @@ pools = Table(
     Column("least_life_s", BigInteger, nullable=False),
     Column("stock_version", BigInteger, nullable=False),  # + 1 with every commit that adds stock
     Column("created_at", BigInteger, nullable=False),
+    Column("generator", Text),  # JSON of what `work` fills it by; null: it is filled by imports alone
 )
 
 campaigns = Table(
@@ -83,6 +84,7 @@ campaigns = Table(
     Column("paused", Boolean, nullable=False),
     Column("time_zone", String(64), nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("changed_in", BigInteger, nullable=False, server_default="0"),  # catalogue version of its last change
 )
 
 campaign_products = Table(
@@ -266,6 +268,21 @@ set_asides = Table(
     Column("flushed_at", BigInteger, nullable=False),
     PrimaryKeyConstraint(*WAY),
     UniqueConstraint("lot", "seq"),
+)
+
+withdrawn = Table(  # taken out of stock by an operator; with a way if it was in a window by then
+    "withdrawn",
+    metadata,
+    Column("lot", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("pool", String(64), nullable=False, index=True),
+    Column("partition", Integer),
+    Column("generation", BigInteger),
+    Column("outbox_seq", BigInteger),
+    Column("ordinal", Integer),
+    Column("withdrawn_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("lot", "seq"),
+    UniqueConstraint("partition", "generation", "outbox_seq", "ordinal"),
 )
 
 generations = Table(
