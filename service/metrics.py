@@ -64,7 +64,9 @@ script_faults = Counter("voucherd_script_faults", "Script calls without an answe
 # --- the background worker; its gauges have labels, so that a process that never sets one does not show it as 0
 
 flushed = Counter("voucherd_flushed_codes", "Issued codes written to the ledger")
-set_aside = Counter("voucherd_set_aside_codes", "Codes with too little life left, written down as set aside")
+set_aside = Counter(
+    "voucherd_set_aside_codes", "Codes that left a window other than by issue: too little life, or withdrawn"
+)
 parked = Counter("voucherd_parked_entries", "Malformed outbox entries put aside; should stay 0")
 incidents = Counter("voucherd_incidents", "Incidents raised; should stay 0", ["kind"])
 leased = Counter("voucherd_leased_codes", "Codes leased to windows", ["pool"])

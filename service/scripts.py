@@ -36,8 +36,8 @@ from service.domain import RECORD_SEPARATOR, Code, Request
 from service.errors import Misconfigured, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
-    "issue", "replay", "restock", "stock", "exhausted", "publish", "open", "restore", "flushed", "distrust", "forget",
-    "books", "rights",
+    "issue", "replay", "restock", "stock", "exhausted", "withdraw", "publish", "open", "restore", "flushed", "distrust",
+    "forget", "books", "rights",
 )  # fmt: skip
 
 # Codes set aside by one call: enough that an expired lot of a full window is stepped over within a few hundred
@@ -218,6 +218,7 @@ class Books(msgspec.Struct, frozen=True):
     popped: int
     set_aside: int
     taken_back: int
+    withdrawn: int
     lost: int  # outbox sequence that was flushed and that the store lost; 0 if it did not
     entries: int
     flushed: tuple[int, ...]  # outbox sequences that were flushed last
@@ -428,6 +429,22 @@ class Scripts:
         status: Literal["OK", "CHANGED", "LOST"] = raw[0]
         return status
 
+    async def withdraw(self, pool: str, codes: Iterable[Code], *, generation: int) -> list[bool] | None:
+        """Runs ``lua/withdraw.lua``: none of ``codes`` is in the pool's window any more, and those that were are on
+        their way to the store; for each, whether it was.  None if the generation is not the open one."""
+        p = self.partition
+        raw = await self._call(
+            "withdraw",
+            [
+                self._generation,
+                keys.totals(p, generation),
+                keys.window(p, generation, pool),
+                keys.outbox(p, generation),
+            ],
+            [generation, *(code.pack() for code in codes)],
+        )
+        return None if raw[0] == "LOST" else [flag == 1 for flag in raw[1:]]
+
     async def publish(self, version: int) -> Literal["OK", "LOST"]:
         """Runs ``lua/publish.lua``: afterwards no script of this partition accepts a catalogue below ``version``."""
         status: Literal["OK", "LOST"] = (await self._call("publish", [self._fence], [version]))[0]
@@ -504,10 +521,12 @@ class Scripts:
         )  # fmt: skip
         if raw[0] == "MOVED":
             return None
-        seq, codes, restocked, popped, set_aside, taken_back, lost, entries = (int(value) for value in raw[2:10])
-        flushed, windows = sequences(raw[10]), raw[11:]
+        seq, codes, restocked, popped, set_aside, taken_back, withdrawn, lost, entries = (
+            int(value) for value in raw[2:11]
+        )
+        flushed, windows = sequences(raw[11]), raw[12:]
         return Books(
-            seq, codes, restocked, popped, set_aside, taken_back, lost, entries, flushed,
+            seq, codes, restocked, popped, set_aside, taken_back, withdrawn, lost, entries, flushed,
             {
                 pool: Window(int(windows[i]), windows[i + 1], int(windows[i + 2]), int(windows[i + 3] or -1))
                 for i, pool in zip(range(0, len(windows), 4), pools, strict=True)

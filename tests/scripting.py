@@ -352,7 +352,7 @@ class Bench:
         books = await self.scripts.books(pools, generation=self.generation)
         if books is None:  # another generation is open, or none
             return
-        assert books.restocked - books.popped - books.set_aside - books.taken_back == windows
+        assert books.restocked - books.popped - books.set_aside - books.taken_back - books.withdrawn == windows
         entries = await self.outbox()
         assert len(entries) == books.entries
         held = 0

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from service import keys
-from service.domain import Record, Rule
+from service.domain import Code, Record, Rule
 from service.scripts import NAMES, Count, Counter, Routed, Scripts, load
 from tests.scripting import DISTRIBUTOR, YEAR_S, Bench, candidate, cap, plan, request, statuses
 
@@ -87,6 +87,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
         "x", "v1", DISTRIBUTOR, DISTRIBUTOR, "gone", now, Rule("CAMP", "P", "CAT", "PAY", 0), (code,)
     ).pack()
     total, day = keys.caps(0, 1, "CAMP", "total"), keys.caps(0, 1, "CAMP", "day:0")
+    in_window = await bench.redis.lindex(keys.window(0, 1, "P"), -1)
     doors = _CapturingScripts(bench.redis)
     seen = await bench.scripts.generation()
     calls: dict[str, Call] = {}
@@ -99,6 +100,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
         doors.restock("P", "next", bench.last_lease("P"), codes, generation=1, stock_version=7, low_water=20),
         doors.stock("P", 7, generation=1),
         doors.exhausted("P", 7, bench.last_lease("P"), generation=1),
+        doors.withdraw("P", [codes[0], Code.unpack(in_window), codes[1]], generation=1),
         doors.publish(7),
         doors.open(seen, 2, version=7, restoring=True),
         doors.restore(

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import pytest
 
 from service import keys
-from service.domain import Record, Rule
+from service.domain import Code, Record, Rule
 from service.errors import RedisFull, ScriptFailed
-from service.scripts import SET_ASIDE_MAX, Count, Counter, Routed
+from service.scripts import SET_ASIDE_MAX, Count, Counter, Routed, parse_separated
 from tests.scripting import (
     DISTRIBUTOR,
     NOTHING,
@@ -621,6 +621,32 @@ class ScriptCases:
         assert await bench.open(2) == "OK"
         await bench.restock()
         assert await bench.words(Routed(request(), plan(candidate(cap(5))))) == ["NONE"]
+
+    # --- withdraw ---------------------------------------------------------------------------------------------------
+
+    async def test_withdrawn_codes_leave_the_window_by_the_outbox_and_others_stay(self, bench: Bench) -> None:
+        await bench.restock(count=6)
+        window = [Code.unpack(text) for text in await bench.redis.lrange(keys.window(0, 1, "P"), 0, -1)]
+        never_there = bench.codes(1, expires_at=window[0].expires_at)
+        some = [window[4], *never_there, window[1]]
+        assert await bench.scripts.withdraw("P", some, generation=1) == [True, False, True]
+        [(_, fields)] = await bench.outbox()
+        assert (fields["why"], fields["issued"], fields["codes"]) == ("withdrawn", "", "2")
+        assert parse_separated(fields["asides"]) == [window[4].pack(), window[1].pack()]
+        left = [window[i].pack() for i in (0, 2, 3, 5)]
+        assert await bench.redis.lrange(keys.window(0, 1, "P"), 0, -1) == left
+        before = await bench.contents()
+        assert await bench.scripts.withdraw("P", some, generation=1) == [False, False, False]
+        assert await bench.contents() == before
+        reply = await bench.issue(Routed(request(quantity=4), plan()))
+        assert [code.pack() for code in Record.unpack(reply.answers[0].detail).codes] == left
+
+    async def test_withdrawing_for_another_generation_writes_nothing(self, bench: Bench) -> None:
+        await bench.restock(count=2)
+        window = [Code.unpack(text) for text in await bench.redis.lrange(keys.window(0, 1, "P"), 0, -1)]
+        before = await bench.contents()
+        assert await bench.scripts.withdraw("P", window, generation=2) is None
+        assert await bench.contents() == before
 
     # --- flushed, books ---------------------------------------------------------------------------------------------
 

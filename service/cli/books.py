@@ -78,10 +78,10 @@ def status(as_json: options.AsJson = False, data_dir: options.DataDir = None) ->
 
 def _show_audit(report: Report, named: list[QuarantinedCode]) -> None:
     print_table(
-        ["pool", "imported", "stored", "leased"],
-        [(one.pool, one.imported, one.stored, one.leased) for one in report.pools],
-        title="Stock: imported = stored + leased",
-        numbers=["imported", "stored", "leased"],
+        ["pool", "imported", "stored", "leased", "withdrawn"],
+        [(one.pool, one.imported, one.stored, one.leased, one.withdrawn) for one in report.pools],
+        title="Stock: imported = stored + leased + withdrawn",
+        numbers=["imported", "stored", "leased", "withdrawn"],
     )
     if report.partition is not None:
         _show_partition(report.partition)
@@ -119,13 +119,12 @@ def _show_audit(report: Report, named: list[QuarantinedCode]) -> None:
 
 
 def _show_partition(one: PartitionFigures) -> None:
-    columns = ["restocked", "popped", "set aside", "taken back", "in windows", "in outbox", "accounted for"]
-    print_table(
-        columns,
-        [(one.restocked, one.popped, one.set_aside, one.taken_back, one.windows, one.outbox, one.accounted)],
-        title=f"Generation {one.generation}, in codes",
-        numbers=columns,
-    )
+    figures = {
+        "restocked": one.restocked, "popped": one.popped, "set aside": one.set_aside, "taken back": one.taken_back,
+        "withdrawn": one.withdrawn, "in windows": one.windows, "in outbox": one.outbox, "accounted for": one.accounted,
+    }  # fmt: skip
+    title = f"Generation {one.generation}, in codes"
+    print_table([*figures], [[*figures.values()]], title=title, numbers=[*figures])
     if not one.at_rest:
         say("Codes were on the move: what balances only at rest was not checked. Audit again when it is quiet.")
 

@@ -11,9 +11,11 @@ import typer
 from service.cli import options
 from service.cli.connections import connected, put_in_force
 from service.cli.console import say
+from service.cli.withdrawing import withdraw
 from service.store import control
 
 app = typer.Typer(help="Pools: where codes are kept.", no_args_is_help=True)
+app.command("withdraw")(withdraw)
 
 
 @app.command("create")

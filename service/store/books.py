@@ -33,7 +33,9 @@ from service.store.schema import (
     pools,
     requests,
     set_asides,
+    withdrawn,
 )
+from service.store.stock import not_withdrawn
 
 # Every zone is off UTC by a multiple of this, so its days and hours begin with one: summing up per quarter first
 # leaves less to sort into periods.
@@ -48,30 +50,35 @@ SETTLING_S: Final = 60
 
 
 class StockBalance(msgspec.Struct, frozen=True):
-    """Codes of one pool.  ``imported``: by its imports; ``stored``: still to be leased; ``leased``: by its leases."""
+    """Codes of one pool.  ``imported``: by its imports; ``stored``: still to be leased; ``leased``: by its leases;
+    ``withdrawn``: taken out of stock before they were leased."""
 
     pool: str
     imported: int
     stored: int
     leased: int
+    withdrawn: int
 
     @property
     def balanced(self) -> bool:
-        return self.imported == self.stored + self.leased
+        return self.imported == self.stored + self.leased + self.withdrawn
 
 
 async def stock_balance(conn: AsyncConnection) -> list[StockBalance]:
-    """Every pool's balance, each of the three figures counted by itself."""
+    """Every pool's balance, each of the four figures counted by itself."""
     stored = (
         select(lots.c.pool, func.count())
         .join_from(lots, codes, and_(codes.c.lot == lots.c.id, codes.c.seq >= lots.c.leased_to))
+        .where(not_withdrawn(codes))
         .group_by(lots.c.pool)
     )
     imported = await _by_pool(conn, select(imports.c.pool, func.sum(imports.c.inserted)).group_by(imports.c.pool))
     leased = await _by_pool(conn, select(leases.c.pool, func.sum(leases.c.codes)).group_by(leases.c.pool))
     unleased = await _by_pool(conn, stored)
+    stretches = select(lots.c.pool, func.sum(withdrawn.c.seq_to - withdrawn.c.seq_from)).join_from(withdrawn, lots)
+    taken = await _by_pool(conn, stretches.group_by(lots.c.pool))
     return [
-        StockBalance(pool, imported.get(pool, 0), unleased.get(pool, 0), leased.get(pool, 0))
+        StockBalance(pool, imported.get(pool, 0), unleased.get(pool, 0), leased.get(pool, 0), taken.get(pool, 0))
         for pool in await conn.scalars(select(pools.c.id).order_by(pools.c.id))
     ]
 
@@ -147,9 +154,12 @@ def _in_quarantine(*columns: ColumnElement[Any]) -> Select[Any]:
             and_(codes.c.lot == leases.c.lot, codes.c.seq >= leases.c.seq_from, codes.c.seq < leases.c.seq_to),
         )
         .where(
-            _not_in(issuances, codes), _not_in(set_asides, codes), tuple_(codes.c.lot, codes.c.seq).not_in(raised)
+            not_withdrawn(codes),
+            _not_in(issuances, codes),
+            _not_in(set_asides, codes),
+            tuple_(codes.c.lot, codes.c.seq).not_in(raised),
         )
-    )  # fmt: skip
+    )
 
 
 def _leased_and_closed(*columns: ColumnElement[Any]) -> Select[Any]:

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from service.domain import RECORD_SEPARATOR, Code, Record
+from service.store.schema import LITTLE_LIFE, WITHDRAWN
 from service.store.stock import digest
 
 INTEGER_MAX: Final = 2**63 - 1
@@ -22,6 +23,7 @@ _T = TypeVar("_T")
 class Entry(msgspec.Struct, frozen=True):
     """One outbox entry: issued records and set-aside codes, its codes numbered in this order by ``ordinal``.
 
+    ``why``: what its set-aside codes left the window for, LITTLE_LIFE or WITHDRAWN.
     ``partition`` and ``generation`` are those of the stream that it was read from.
     """
 
@@ -31,6 +33,7 @@ class Entry(msgspec.Struct, frozen=True):
     entry_id: str
     records: tuple[Record, ...]
     asides: tuple[Code, ...]
+    why: str = LITTLE_LIFE
 
     @property
     def codes(self) -> int:
@@ -116,6 +119,7 @@ class AsideRow(NamedTuple):
     ordinal: int
     lot: int
     seq: int
+    why: str
     flushed_at: int
 
 
@@ -151,7 +155,7 @@ def rows_of(entries: Sequence[Entry], now: int) -> Rows:
                 )  # fmt: skip
                 ordinal += 1
         for code in entry.asides:
-            rows.asides.append(AsideRow(partition, generation, outbox_seq, ordinal, code.lot, code.seq, now))
+            rows.asides.append(AsideRow(partition, generation, outbox_seq, ordinal, code.lot, code.seq, entry.why, now))
             ordinal += 1
     return rows
 
@@ -160,6 +164,8 @@ def unfit(entry: Entry) -> str | None:
     """Why rows can't hold what this entry says, None if they can.  The reason never holds a code."""
     if not 0 <= entry.outbox_seq <= INTEGER_MAX:
         return "its sequence is out of range"
+    if entry.why not in (LITTLE_LIFE, WITHDRAWN):
+        return "a reason that this version does not know"
     for record in entry.records:
         rule = record.rule
         if not record.codes:

@@ -405,7 +405,7 @@ async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int) ->
             way = way_of(aside)
             came.add(way)
             had = stored[set_asides].get(way)
-            if way in stored[incidents] or (had is not None and tuple(had)[:6] == aside[:6]):
+            if way in stored[incidents] or (had is not None and tuple(had)[:7] == aside[:7]):
                 already += 1
             else:
                 differs(way, 1, aside.lot, aside.seq, f"lot {aside.lot}", _OTHER_CONTENT)

@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import and_, exists, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store import schema
+from service.store import schema, stock
 from service.store.flush import DOUBLE_ISSUE
 from service.store.schema import codes, incidents, issuances, leases, parked, requests, set_asides
 
@@ -161,6 +161,7 @@ async def at_large(conn: AsyncConnection, partition: int, generation: int) -> di
         .where(
             leases.c.partition == partition,
             leases.c.generation == generation,
+            stock.not_withdrawn(codes),
             ~exists().where(issuances.c.lot == codes.c.lot, issuances.c.seq == codes.c.seq),
             ~exists().where(set_asides.c.lot == codes.c.lot, set_asides.c.seq == codes.c.seq),
             ~exists().where(incidents.c.lot == codes.c.lot, incidents.c.seq == codes.c.seq),

@@ -259,30 +259,31 @@ issuances = Table(
     UniqueConstraint("digest"),  # wall: one code, one issuance, ever
 )
 
+# Why a code left a window other than by issue.
+LITTLE_LIFE = "little_life"
+WITHDRAWN = "withdrawn"
+
 set_asides = Table(
     "set_asides",
     metadata,
     *_way(),
     Column("lot", BigInteger, nullable=False),
     Column("seq", BigInteger, nullable=False),
+    Column("why", String(16), nullable=False, server_default=LITTLE_LIFE),
     Column("flushed_at", BigInteger, nullable=False),
     PrimaryKeyConstraint(*WAY),
     UniqueConstraint("lot", "seq"),
 )
 
-withdrawn = Table(  # taken out of stock by an operator; with a way if it was in a window by then
+withdrawn = Table(  # stretches of a lot that an operator took out of stock before they were leased
     "withdrawn",
     metadata,
-    Column("lot", BigInteger, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-    Column("pool", String(64), nullable=False, index=True),
-    Column("partition", Integer),
-    Column("generation", BigInteger),
-    Column("outbox_seq", BigInteger),
-    Column("ordinal", Integer),
+    Column("lot", ForeignKey("lots.id"), nullable=False),
+    Column("seq_from", BigInteger, nullable=False),
+    Column("seq_to", BigInteger, nullable=False),  # exclusive
     Column("withdrawn_at", BigInteger, nullable=False),
-    PrimaryKeyConstraint("lot", "seq"),
-    UniqueConstraint("partition", "generation", "outbox_seq", "ordinal"),
+    PrimaryKeyConstraint("lot", "seq_from"),
+    CheckConstraint("seq_from < seq_to", name="range"),
 )
 
 generations = Table(

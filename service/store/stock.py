@@ -1,7 +1,7 @@
 """Stock: codes come in by imports, and go out to windows by leases.
 
 Both lock the pool's row first.  So a lease never passes over rows that are not committed yet, no position is
-leased twice, and in every committed state ``imported = stored + leased`` (P5).
+leased twice, and in every committed state ``imported = stored + leased + withdrawn`` (P5).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
+from sqlalchemy import ColumnElement, Table, and_, bindparam, case, exists, func, insert, select, update
 from sqlalchemy import Row as SqlRow
-from sqlalchemy import and_, bindparam, case, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -22,7 +22,7 @@ from service.domain import Code
 from service.errors import Conflict, GenerationClosed, NotFound
 from service.store.control import ID, TIME_MAX
 from service.store.database import insert_rows
-from service.store.schema import codes, generations, imports, leases, lots, pools
+from service.store.schema import codes, generations, imports, leases, lots, pools, withdrawn
 
 # One transaction holds the pool's lock, and on SQLite the only write lock: a flush must never wait long.
 CHUNK_ROWS_MAX: Final = 5_000
@@ -116,7 +116,7 @@ async def begin_import(connection: AsyncConnection, import_id: str, pool: str, n
     """
     if ID.fullmatch(import_id) is None:
         raise Conflict("an import's id has 1 to 64 of A-Z a-z 0-9 . _ -")
-    await _lock_pool(connection, pool)
+    await lock_pool(connection, pool)
     known = select(imports).where(imports.c.id == import_id)
     found = (await connection.execute(known)).first()
     if found is None:
@@ -147,7 +147,7 @@ async def import_rows(
     """
     if len(rows) > CHUNK_ROWS_MAX:
         raise ValueError(f"at most {CHUNK_ROWS_MAX} rows in one transaction")
-    into = await _lock_pool(connection, pool)
+    into = await lock_pool(connection, pool)
     state = (await connection.execute(select(imports).where(imports.c.id == import_id).with_for_update())).first()
     if state is None or state.pool != pool or state.finished_at is not None:
         raise Conflict(f"import {import_id} of pool {pool} is not under way: begin it first")
@@ -199,9 +199,22 @@ async def stock_versions(connection: AsyncConnection) -> dict[str, int]:
     return {row.id: row.stock_version for row in found}
 
 
+def not_withdrawn(table: Table) -> ColumnElement[bool]:
+    """The position ``(lot, seq)`` of this row of ``table`` was not withdrawn from stock."""
+    return ~exists().where(
+        withdrawn.c.lot == table.c.lot, withdrawn.c.seq_from <= table.c.seq, withdrawn.c.seq_to > table.c.seq
+    )
+
+
 async def left(connection: AsyncConnection, now: int) -> dict[str, int]:
-    """Per pool, the codes that are stored, not leased, and not past their expiry."""
-    usable = case((lots.c.expires_at > now, lots.c.imported - lots.c.leased_to), else_=0)
+    """Per pool, the codes that are stored, not leased, not withdrawn, and not past their expiry."""
+    # A lease passes over a stretch as a whole, so none lies on both sides of ``leased_to``.
+    gone = (
+        select(func.coalesce(func.sum(withdrawn.c.seq_to - withdrawn.c.seq_from), 0))
+        .where(withdrawn.c.lot == lots.c.id, withdrawn.c.seq_from >= lots.c.leased_to)
+        .scalar_subquery()
+    )
+    usable = case((lots.c.expires_at > now, lots.c.imported - lots.c.leased_to - gone), else_=0)
     counted = (
         select(pools.c.id, func.coalesce(func.sum(usable), 0)).outerjoin(lots, lots.c.pool == pools.c.id)
     ).group_by(pools.c.id)
@@ -234,7 +247,7 @@ async def lease(
     """
     if codes < 1:
         raise ValueError("a lease holds at least one code")
-    await _lock_pool(connection, pool)
+    await lock_pool(connection, pool)
     state = await connection.execute(
         select(generations.c.state)
         .where(generations.c.partition == partition, generations.c.generation == generation)
@@ -253,25 +266,41 @@ async def lease(
         raise Conflict(f"lease {lease_id} exists already, and is another one")
     if not await _ends(connection, chain, predecessor):
         raise Conflict(f"lease {predecessor or '(none)'} is not the end of pool {pool}'s chain")
-    lot = (
-        await connection.execute(
-            select(lots)
-            .where(
-                lots.c.pool == pool,
-                lots.c.leased_to < lots.c.imported,
-                lots.c.expires_at > max(now, earliest_expiry),
-            )
-            .order_by(lots.c.expires_at)
-            .limit(1)
-        )
-    ).first()
-    if lot is None:
-        return None
-    seq_from, seq_to = lot.leased_to, min(lot.imported, lot.leased_to + codes)
-    taken = Lease(lease_id, predecessor, partition, generation, pool, lot.id, seq_from, seq_to, seq_to - seq_from)
+    first = (
+        select(lots)
+        .where(lots.c.pool == pool, lots.c.leased_to < lots.c.imported, lots.c.expires_at > max(now, earliest_expiry))
+        .order_by(lots.c.expires_at)
+        .limit(1)
+    )
+    while True:
+        if (lot := (await connection.execute(first)).first()) is None:
+            return None
+        seq_to, count = await _stretch(connection, lot, codes)
+        if count:
+            break
+        # What is left of the lot was withdrawn: pass over it, once.
+        await connection.execute(update(lots).where(lots.c.id == lot.id).values(leased_to=lot.imported))
+    taken = Lease(lease_id, predecessor, partition, generation, pool, lot.id, lot.leased_to, seq_to, count)
     await connection.execute(update(lots).where(lots.c.id == lot.id).values(leased_to=seq_to))
     await connection.execute(insert(leases), {**msgspec.structs.asdict(taken), "leased_at": now})
     return taken
+
+
+async def _stretch(connection: AsyncConnection, lot: SqlRow[Any], wanted: int) -> tuple[int, int]:
+    """Where a lease of at most ``wanted`` codes of ``lot`` ends (exclusive), and how many codes it then holds."""
+    ahead = (
+        select(withdrawn.c.seq_from, withdrawn.c.seq_to)
+        .where(withdrawn.c.lot == lot.id, withdrawn.c.seq_from >= lot.leased_to)
+        .order_by(withdrawn.c.seq_from)
+    )
+    at, count = lot.leased_to, 0
+    for seq_from, seq_to in (*await connection.execute(ahead), (lot.imported, lot.imported)):
+        here = min(seq_from - at, wanted - count)
+        count += here
+        if count == wanted:
+            return at + here, count
+        at = seq_to
+    return lot.imported, count
 
 
 async def lease_codes(connection: AsyncConnection, lease: Lease) -> list[Code]:
@@ -279,7 +308,9 @@ async def lease_codes(connection: AsyncConnection, lease: Lease) -> list[Code]:
     found = await connection.execute(
         select(lots.c.expires_at, codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial)
         .join(lots, lots.c.id == codes.c.lot)
-        .where(codes.c.lot == lease.lot, codes.c.seq >= lease.seq_from, codes.c.seq < lease.seq_to)
+        .where(
+            codes.c.lot == lease.lot, codes.c.seq >= lease.seq_from, codes.c.seq < lease.seq_to, not_withdrawn(codes)
+        )
         .order_by(codes.c.seq)
     )
     return [Code(*row) for row in found]
@@ -323,7 +354,8 @@ class _Good(msgspec.Struct, frozen=True):
     digest: bytes
 
 
-async def _lock_pool(connection: AsyncConnection, pool: str) -> SqlRow[Any]:
+async def lock_pool(connection: AsyncConnection, pool: str) -> SqlRow[Any]:
+    """The pool's row; until the transaction ends nobody else imports, leases or withdraws.  Raises NotFound."""
     row = (await connection.execute(select(pools).where(pools.c.id == pool).with_for_update())).first()
     if row is None:
         raise NotFound(f"there is no pool {pool}: create it first")

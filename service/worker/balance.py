@@ -63,6 +63,7 @@ class PartitionFigures(msgspec.Struct, frozen=True):
     popped: int
     set_aside: int
     taken_back: int
+    withdrawn: int
     windows: int
     outbox: int
     outbox_entries: int
@@ -130,6 +131,7 @@ async def examine(database: Database, scripts: Scripts) -> tuple[list[Finding], 
         popped=held.popped,
         set_aside=held.set_aside,
         taken_back=held.taken_back,
+        withdrawn=held.withdrawn,
         windows=_lengths(held),
         outbox=held.codes,
         outbox_entries=held.entries,
@@ -233,13 +235,14 @@ def _findings(look: _Look) -> list[Finding]:
     subject = f"generation {look.seen.open}"
     held, before, after = look.held, look.before, look.after
     findings = []
-    windows, left = _lengths(held), held.popped + held.set_aside + held.taken_back
+    windows, left = _lengths(held), held.popped + held.set_aside + held.taken_back + held.withdrawn
     if held.restocked - left != windows:
         findings.append(
             Finding(
-                "P5", subject, "restocked - popped - set aside - taken back is not the length of the windows",
+                "P5", subject,
+                "restocked - popped - set aside - taken back - withdrawn is not the length of the windows",
                 {"restocked": held.restocked, "popped": held.popped, "set_aside": held.set_aside,
-                 "taken_back": held.taken_back, "windows": windows},
+                 "taken_back": held.taken_back, "withdrawn": held.withdrawn, "windows": windows},
             )
         )  # fmt: skip
     in_entries = sum(one.codes for one in look.entries)

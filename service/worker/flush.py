@@ -20,6 +20,7 @@ from service.scripts import Count, Counter, Scripts, counter_key, parse_separate
 from service.store import control, ledger
 from service.store.database import Database
 from service.store.ledger import Entry
+from service.store.schema import LITTLE_LIFE
 from service.worker.publish import change
 
 log = structlog.get_logger()
@@ -271,7 +272,7 @@ def parse(partition: int, generation: int, entry_id: str, fields: dict[str, str]
         raise ValueError("the entry does not hold what it says")
     for text in (*fields.values(),):
         text.encode("ascii")  # UnicodeEncodeError is a ValueError: whatever this is, issue did not write it
-    return Entry(partition, generation, int(fields["seq"]), entry_id, records, asides)
+    return Entry(partition, generation, int(fields["seq"]), entry_id, records, asides, fields.get("why", LITTLE_LIFE))
 
 
 def _sum(one: Flushed, other: Flushed) -> Flushed:

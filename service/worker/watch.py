@@ -39,8 +39,8 @@ LEAST_VERSIONS: Final = {"redis": ((7, 2, 11), (8, 2, 2)), "valkey": ((8, 0, 6),
 
 # Every command that a script uses: a right that is missing half-way through a script destroys a code.
 COMMANDS: Final = (
-    "exists", "expireat", "get", "hdel", "hget", "hincrby", "hmget", "hset", "info", "llen", "lpop", "lrange", "lrem",
-    "mget", "rpush", "set", "time", "unlink", "xack", "xadd", "xdel", "xlen", "zadd", "zcard",
+    "exists", "expireat", "get", "hdel", "hget", "hincrby", "hmget", "hset", "info", "llen", "lpop", "lpos", "lrange",
+    "lrem", "mget", "rpush", "set", "time", "unlink", "xack", "xadd", "xdel", "xlen", "zadd", "zcard",
 )  # fmt: skip
 
 

@@ -75,12 +75,14 @@ def entry(outbox_seq: int, *records: Record, asides: Sequence[Code] = (), genera
 async def test_stock_balances_while_nothing_is_lost(shop: Database) -> None:
     generation = await make_generation(shop)
     async with shop.read() as conn:
-        assert await books.stock_balance(conn) == [StockBalance("POOL-1", 100, 100, 0), StockBalance("POOL-2", 0, 0, 0)]
+        assert await books.stock_balance(conn) == [
+            StockBalance("POOL-1", 100, 100, 0, 0), StockBalance("POOL-2", 0, 0, 0, 0),
+        ]  # fmt: skip
     await lease(shop, generation, 30, "a")
     await lease(shop, generation, 20, "b", "a")
     async with shop.read() as conn:
         balances = await books.stock_balance(conn)
-    assert balances[0] == StockBalance("POOL-1", 100, 50, 50)
+    assert balances[0] == StockBalance("POOL-1", 100, 50, 50, 0)
     assert all(balance.balanced for balance in balances)
 
 

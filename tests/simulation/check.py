@@ -90,6 +90,7 @@ class Truth:
         self.used: Counter[tuple[str, str, int, str]] = Counter()
         self.changes: dict[str, list[Happened]] = defaultdict(list)  # of a campaign, or of a token
         self.known: dict[str, list[tuple[float, dict[int, int]]]] = defaultdict(list)  # pool: from when, codes a lot
+        self.withdrawn: dict[Position, float] = {}  # from when on nobody may get the code
         self.outcomes: Counter[str] = Counter()
         self.stock_forgotten = False  # the store is older: what it calls stored may have been issued
         # An old primary answers again: until its generation is left, what happened since is unknown to it, so for
@@ -223,6 +224,8 @@ class Truth:
         if not outcome.replayed and self.certainly(record.rule.campaign, "pause", begun, now):
             self.broken("P6", f"{record.rule.campaign} was paused, and a request begun at {begun:.3f} got a code")
         for code in record.codes:
+            if not outcome.replayed and self.withdrawn.get((code.lot, code.seq), begun) < begun:
+                self.broken("P6", f"code {(code.lot, code.seq)} was withdrawn, and issued to a later request")
             if not outcome.replayed and code.expires_at <= record.issued_at + self.least_life[record.rule.pool]:
                 self.broken("P1", f"code {(code.lot, code.seq)} was issued although it expires")
         for earlier in self.told[key]:
@@ -251,17 +254,18 @@ class Truth:
         for lot, imported in known.items():
             if expiry.get(lot, 0) <= eligible:
                 continue
-            if leased_to[lot] < imported:
-                self.broken(
-                    "P4", f"{pool} was called exhausted with {imported - leased_to[lot]} codes of lot {lot} in stock"
-                )
+            gone = self._positions("select lot, seq_from, seq_to from withdrawn where lot = ?", lot)
+            stored = [seq for seq in range(leased_to[lot], imported) if (lot, seq) not in gone]
+            if stored:
+                self.broken("P4", f"{pool} was called exhausted with {len(stored)} codes of lot {lot} in stock")
                 return
         for lot, first, end in self._peek(
             "select lot, seq_from, seq_to from leases where pool = ? and generation = ?", pool, generation
         ):
             if expiry.get(lot, 0) > eligible:
+                gone = self._positions("select lot, seq_from, seq_to from withdrawn where lot = ?", lot)
                 for seq in range(first, min(end, known.get(lot, 0))):
-                    if (lot, seq) not in self.left:
+                    if (lot, seq) not in self.left and (lot, seq) not in gone:
                         self.broken("P4", f"{pool} was called exhausted with {(lot, seq)} leased and not issued")
                         return
 
@@ -272,15 +276,19 @@ class Truth:
         data = self._server.data
         generation = open_generation(data)
         imported = self._positions("select lot, seq, seq + 1 from codes")
-        unleased = self._positions("select id, leased_to, imported from lots")
-        leased = self._positions("select lot, seq_from, seq_to from leases")
-        leased_open = self._positions("select lot, seq_from, seq_to from leases where generation = ?", generation)
+        withdrawn = self._positions("select lot, seq_from, seq_to from withdrawn")
+        unleased = self._positions("select id, leased_to, imported from lots") - withdrawn
+        leased = self._positions("select lot, seq_from, seq_to from leases") - withdrawn
+        leased_open = (
+            self._positions("select lot, seq_from, seq_to from leases where generation = ?", generation) - withdrawn
+        )
         issued = self._positions("select lot, seq, seq + 1 from issuances")
         aside = self._positions("select lot, seq, seq + 1 from set_asides")
         window = codes_in_windows(data, generation)
         quarantine = leased - leased_open - issued - aside
-        self._same("P5", "imported", imported, "stored and leased", unleased | leased)
+        self._same("P5", "imported", imported, "stored, leased and withdrawn", unleased | leased | withdrawn)
         self._apart("P5", "stored", unleased, "leased", leased)
+        self._apart("P1", "withdrawn", withdrawn, "issued, set aside or in the live window", issued | aside | window)
         self._apart("P1", "issued", issued, "in the live window", window)
         self._apart("P1", "set aside", aside, "in the live window", window)
         self._apart("P1", "issued", issued, "set aside", aside)
@@ -321,21 +329,25 @@ class Truth:
 
     def _check_books(self, data: Data, generation: int, window: set[Position]) -> None:
         totals: Any = data.keys.get(f"{{0}}:{generation}:totals", {})
-        restocked, popped, aside, back, codes = (
-            int(totals.get(name, 0)) for name in ("restocked", "popped", "set_aside", "taken_back", "codes")
+        restocked, popped, aside, withdrawn, codes = (
+            int(totals.get(name, 0)) for name in ("restocked", "popped", "set_aside", "withdrawn", "codes")
         )
-        if restocked - popped - aside - back != len(window):
+        if restocked - popped - aside - withdrawn != len(window):
             self.broken(
-                "P5", f"restocked {restocked}, popped {popped}, set aside {aside}, but {len(window)} in windows"
+                "P5",
+                f"restocked {restocked}, popped {popped}, set aside {aside}, withdrawn {withdrawn}, "
+                f"but {len(window)} in windows",
             )
         ((here,),) = self._peek(
             "select (select count(*) from issuances where generation = :g)"
             " + (select count(*) from set_asides where generation = :g)",
             {"g": generation},
         )
-        if popped + aside - here != codes or codes != len(codes_in_outboxes(data)):
+        if popped + aside + withdrawn - here != codes or codes != len(codes_in_outboxes(data)):
             self.broken(
-                "P5", f"{popped + aside} left the windows, {here} are in the store, {codes} should be in the outbox"
+                "P5",
+                f"{popped + aside + withdrawn} left the windows, {here} are in the store, "
+                f"{codes} should be in the outbox",
             )
 
     def _check_keys(self) -> None:

@@ -380,6 +380,10 @@ class Server:
             self._drop(key)
         return popped if count is not None else popped[0]
 
+    def lpos(self, key: str, member: str) -> Answer:
+        value: list[str] = self._get(key, list) or []
+        return value.index(member) if member in value else None
+
     def lrem(self, key: str, count: str, member: str) -> Answer:
         if _integer(count) != 1:
             raise ResponseError("this server only removes the first")
@@ -557,6 +561,7 @@ _TABLE: Final[dict[str, tuple[Callable[..., Answer], int, int, bool]]] = {
     "lrange": (Server.lrange, 3, 3, False),
     "rpush": (Server.rpush, 2, _MANY, True),
     "lpop": (Server.lpop, 1, 2, True),
+    "lpos": (Server.lpos, 2, 2, False),
     "lrem": (Server.lrem, 3, 3, True),
     "zadd": (Server.zadd, 3, 3, True),
     "zcard": (Server.zcard, 1, 1, False),

@@ -33,7 +33,7 @@ from service.store.database import Database
 from service.tokens import digest
 from service.web.preload import Preload
 from service.worker import flush as flushing
-from service.worker import publish, stocking
+from service.worker import publish, stocking, withdrawing
 from service.worker.flush import Flush
 from service.worker.publish import change, republish_once
 from service.worker.recover import Recover
@@ -364,10 +364,7 @@ class World:
         database, scripts = self.store.door(process), self.scripts(process)
         flush = self._flush(process, database, scripts)
         recover = self._recover(database, scripts, flush)
-        refill = Refill(
-            database, scripts, low_water=self.low_water, store_outage_s=1, now=self.unix, clock=self.loop.time,
-            lease_id=lambda: f"lease-{next(self.numbers)}",
-        )  # fmt: skip
+        refill = self._refill(process)
         watch = Watch(
             database, scripts, planned_rate=1, outbox_max=self.outbox_max, retention_s=self.retention_s,
             now=self.scheduler.unix,
@@ -393,6 +390,12 @@ class World:
 
     def _flush(self, process: Process, database: Database, scripts: Scripts) -> Flush:
         return Flush(database, scripts, consumer=process.name, retention_s=self.retention_s, now=self.unix)
+
+    def _refill(self, process: Process) -> Refill:
+        return Refill(
+            self.store.door(process), self.scripts(process), low_water=self.low_water, store_outage_s=1,
+            now=self.unix, clock=self.loop.time, lease_id=lambda: f"lease-{next(self.numbers)}",
+        )  # fmt: skip
 
     def _recover(self, database: Database, scripts: Scripts, flush: Flush) -> Recover:
         return Recover(
@@ -420,7 +423,7 @@ class World:
         end = self.loop.time() + duration
         while self.loop.time() < end:
             await asyncio.sleep(rng.uniform(0.05, 1.0))
-            what = rng.choice(("pause", "pause", "import", "import", "token", "revoke", "caps"))
+            what = rng.choice(("pause", "pause", "import", "import", "token", "revoke", "caps", "withdraw"))
             if what == "pause":
                 campaign = rng.choice(self.campaigns)
                 for paused in (True, False):
@@ -428,6 +431,8 @@ class World:
                     await asyncio.sleep(rng.random())
             elif what == "import":
                 await self._command(self._import, rng.choice(self.pools))
+            elif what == "withdraw":
+                await self._command(self._withdraw, rng.choice(self.pools))
             elif what == "token":
                 distributor = rng.choice(DISTRIBUTORS)
                 await self._make_token(distributor, self._new_token(distributor))
@@ -524,6 +529,25 @@ class World:
         if report.unreached:
             return False
         self.truth.stock_known(pool)
+        return True
+
+    async def _withdraw(self, process: Process, pool: str) -> bool:
+        """Some codes, or a whole lot; what may have been given to somebody by then is not held against it."""
+        rng = self.rng
+        stored = self.store.peek("select lot, seq, code from codes where pool = ? order by lot, seq", pool)
+        lots = sorted({lot for lot, _, _ in stored})
+        lot = rng.choice(lots) if lots and rng.random() < 0.2 else None
+        chosen = [row for row in stored if (row[0] == lot if lot is not None else rng.random() < 0.15)]
+        done = await withdrawing.withdraw(
+            self.store.door(process), self.scripts(process), self._refill(process), pool,
+            named=[code for _, _, code in chosen] if lot is None else (), lot=lot,
+            reason="leaked", actor="operator", now=self.unix,
+        )  # fmt: skip
+        self.counts["withdrawn"] += done.stock + done.windows
+        if done.unreached:
+            return False
+        for position in {(at, seq) for at, seq, _ in chosen} - set(self.truth.left):
+            self.truth.withdrawn.setdefault(position, self.scheduler.unix())
         return True
 
     # --- clients -------------------------------------------------------------------------------------------------
@@ -784,9 +808,10 @@ def _in_virtual_time(world: World) -> Iterator[None]:
     """The commands look at the clock themselves."""
     clock: Any = SimpleNamespace(time=world.scheduler.unix, monotonic=world.loop.time)
     changed: list[tuple[Any, str, Any]] = [
-        (publish, "time", clock), (stocking, "time", clock), (publish, "UNREACHED_S", UNREACHED_S),
-        (stocking, "UNREACHED_S", UNREACHED_S), (flushing, "CLAIM_AFTER_MS", CLAIM_AFTER_MS),
-    ]  # fmt: skip
+        *((module, "time", clock) for module in (publish, stocking, withdrawing)),
+        *((module, "UNREACHED_S", UNREACHED_S) for module in (publish, stocking, withdrawing)),
+        (flushing, "CLAIM_AFTER_MS", CLAIM_AFTER_MS),
+    ]
     real = [getattr(module, name) for module, name, _ in changed]
     for module, name, value in changed:
         setattr(module, name, value)

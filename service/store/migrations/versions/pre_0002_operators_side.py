@@ -13,25 +13,16 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("pools", sa.Column("generator", sa.Text(), nullable=True))
-    # With a default, because processes of the version before go on making campaigns.
+    # With a default, because processes of the version before go on writing these tables.
     op.add_column("campaigns", sa.Column("changed_in", sa.BigInteger(), nullable=False, server_default="0"))
+    op.add_column("set_asides", sa.Column("why", sa.String(length=16), nullable=False, server_default="little_life"))
     op.create_table(
         "withdrawn",
-        sa.Column("lot", sa.BigInteger(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("pool", sa.String(length=64), nullable=False),
-        sa.Column("partition", sa.Integer(), nullable=True),
-        sa.Column("generation", sa.BigInteger(), nullable=True),
-        sa.Column("outbox_seq", sa.BigInteger(), nullable=True),
-        sa.Column("ordinal", sa.Integer(), nullable=True),
+        sa.Column("lot", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("seq_from", sa.BigInteger(), nullable=False),
+        sa.Column("seq_to", sa.BigInteger(), nullable=False),
         sa.Column("withdrawn_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("lot", "seq", name=op.f("pk_withdrawn")),
-        sa.UniqueConstraint(
-            "partition",
-            "generation",
-            "outbox_seq",
-            "ordinal",
-            name=op.f("uq_withdrawn_partition_generation_outbox_seq_ordinal"),
-        ),
+        sa.CheckConstraint("seq_from < seq_to", name=op.f("ck_withdrawn_range")),
+        sa.ForeignKeyConstraint(["lot"], ["lots.id"], name=op.f("fk_withdrawn_lot")),
+        sa.PrimaryKeyConstraint("lot", "seq_from", name=op.f("pk_withdrawn")),
     )
-    op.create_index(op.f("ix_withdrawn_pool"), "withdrawn", ["pool"])
