@@ -1,4 +1,4 @@
-"""``voucherd audit`` and ``voucherd status``: whether all is well, in detail and at a glance."""
+"""``voucherd audit``: whether the books balance, in detail."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import typer
 
 from service.cli import options
 from service.cli.connections import connected
-from service.cli.console import complain, instant, print_facts, print_json, print_table, say
+from service.cli.console import complain, print_facts, print_json, print_table, say
 from service.store import books
 from service.store.books import QuarantinedCode
 from service.worker import audit as auditing
-from service.worker import status as looking
 from service.worker.audit import Report
 from service.worker.balance import PartitionFigures
-from service.worker.status import PartitionStatus, Status
 
 # An audit reads the whole ledger: some seconds for a million codes, and no hurry.
 STATEMENT_S: Final = 3_600.0
@@ -54,25 +52,6 @@ def audit(
     else:
         _show_audit(report, named)
     if report.findings:
-        raise typer.Exit(1)
-
-
-def status(as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
-    """Show pools, outbox, generation, incidents, and how long issuing would go on without the store.
-
-    Exit status 1 if something needs attention.
-    """
-
-    async def run() -> Status:
-        async with connected(data_dir, store_may_be_away=True) as here:
-            return await looking.status(here.database, here.scripts, here.settings)
-
-    found = asyncio.run(run())
-    if as_json:
-        print_json(found)
-    else:
-        _show_status(found)
-    if found.wrong:
         raise typer.Exit(1)
 
 
@@ -119,62 +98,11 @@ def _show_audit(report: Report, named: list[QuarantinedCode]) -> None:
 
 
 def _show_partition(one: PartitionFigures) -> None:
-    figures = {
+    say(f"Generation {one.generation}, in codes")
+    print_facts({
         "restocked": one.restocked, "popped": one.popped, "set aside": one.set_aside, "taken back": one.taken_back,
         "withdrawn": one.withdrawn, "in windows": one.windows, "in outbox": one.outbox, "accounted for": one.accounted,
-    }  # fmt: skip
-    title = f"Generation {one.generation}, in codes"
-    print_table([*figures], [[*figures.values()]], title=title, numbers=[*figures])
+    })  # fmt: skip
+    say()
     if not one.at_rest:
         say("Codes were on the move: what balances only at rest was not checked. Audit again when it is quiet.")
-
-
-def _show_status(found: Status) -> None:
-    facts: dict[str, object] = {}
-    if found.partition is not None:
-        facts |= _facts(found.partition, found)
-    facts["catalogue"] = _catalogue(found)
-    facts["incidents"] = found.incidents
-    facts["parked entries"] = found.parked
-    facts["quarantine"] = f"{found.quarantined:,} codes"
-    print_facts(facts)
-    columns = ["in stock", "in window", "low water", "quarantine"]
-    print_table(
-        ["pool", *columns, ""],
-        [
-            (
-                one.pool,
-                one.left,
-                one.window,
-                one.low_water,
-                one.quarantined,
-                "exhausted" if one.exhausted and not one.window else " ",
-            )
-            for one in found.pools
-        ],
-        numbers=columns,
-    )
-    if found.newest_incidents:
-        print_table(
-            ["raised at", "incident", "where", "detail"],
-            [(instant(one.raised_at), one.kind, one.subject, one.detail) for one in found.newest_incidents],
-        )
-    for line in found.wrong:
-        complain(line)
-
-
-def _facts(partition: PartitionStatus, found: Status) -> dict[str, object]:
-    state = "issuing" if partition.issuing else "NOT ISSUING"
-    return {
-        "state": f"{state}, restoring records" if partition.restoring else state,
-        "generation": partition.generation,
-        "outbox": f"{partition.outbox_codes:,} codes in {partition.outbox_entries:,} entries, "
-        f"room for {partition.outbox_max:,}",
-        "without the store": f"{partition.outage_s:,} s at {found.planned_rate:,} vouchers/s "
-        f"(wanted: {found.store_outage_s:,} s)",
-    }
-
-
-def _catalogue(found: Status) -> str:
-    store = "store away" if found.catalogue is None else f"version {found.catalogue}"
-    return store if found.partition is None else f"{store}, in force from {max(found.partition.fence, 0)}"

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 import orjson
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 # Nothing that is printed is markup, an emoji or a number to be coloured: it comes from files and from clients.
@@ -19,7 +19,7 @@ _PLAIN: Final = {"markup": False, "emoji": False, "highlight": False}
 
 def say(text: str = "") -> None:
     """One sentence on standard output, wrapped for people and whole for programs."""
-    console = _console()
+    console = screen()
     console.print(text, soft_wrap=not console.is_terminal)
 
 
@@ -36,35 +36,57 @@ def print_table(
     numbers: Sequence[str] = (),
     whole: Sequence[str] = (),
 ) -> None:
+    """Prints a ``table``."""
+    show(table(columns, rows, title=title, numbers=numbers, whole=whole))
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str = "",
+    numbers: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> Table:
     """A table that fits the terminal.  The columns named in ``numbers`` are aligned to the right; these, and the ones
     named in ``whole``, are never broken into lines."""
-    table = Table(
+    made = Table(
         box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", header_style="", pad_edge=False
     )
     for column in columns:
         right = column in numbers
-        table.add_column(
+        made.add_column(
             column.replace(" ", "\n") if right else column,  # numbers are short, their headings need not be wide
             justify="right" if right else "left", overflow="fold", no_wrap=right or column in whole,
         )  # fmt: skip
     for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
-    _console().print(table)
+        made.add_row(*(shown(cell) for cell in row))
+    return made
 
 
-def print_facts(facts: Mapping[str, object]) -> None:
+def print_facts(named: Mapping[str, object]) -> None:
+    """Prints ``facts``."""
+    show(facts(named))
+
+
+def facts(named: Mapping[str, object]) -> Table:
     """Names and what they are, one a line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in facts.items():
+    for name, value in named.items():
         grid.add_row(name, shown(value))
-    _console().print(grid)
+    return grid
 
 
-def print_json(value: object) -> None:
-    """``value`` (structs, lists, dictionaries) as indented JSON on standard output."""
-    text = orjson.dumps(msgspec.to_builtins(value), option=orjson.OPT_INDENT_2).decode()
+def show(page: RenderableType) -> None:
+    """Prints tables and facts on standard output."""
+    screen().print(page)
+
+
+def print_json(value: object, *, indent: bool = True) -> None:
+    """``value`` (structs, lists, dictionaries) as JSON on standard output, indented or as one line."""
+    text = orjson.dumps(msgspec.to_builtins(value), option=orjson.OPT_INDENT_2 if indent else None).decode()
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -83,5 +105,6 @@ def instant(at: int) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _console() -> Console:
+def screen() -> Console:
+    """Standard output."""
     return Console(**_PLAIN)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from service.cli import books, campaigns, codes, distributors, ledger, pools, processes, tokens
 from service.cli.console import complain
+from service.cli.status import status
 from service.cli.up import up
 from service.errors import Fault, RedisFull, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
 
@@ -72,7 +73,7 @@ app.add_typer(campaigns.app, name="campaign")
 app.add_typer(codes.app, name="codes")
 app.add_typer(ledger.app, name="ledger")
 app.command()(books.audit)
-app.command()(books.status)
+app.command()(status)
 
 
 @app.callback()

@@ -17,8 +17,8 @@ from service.store.schema import WAY, codes, incidents, issuances, lots, request
 from service.store.stock import digest
 
 __all__ = [
-    "Count", "Entry", "Flushed", "Found", "counts", "find", "flush", "lacking", "lookup", "newest_first",
-    "park", "raise_incident", "unfit",
+    "Count", "Entry", "Flushed", "Found", "counts", "find", "flush", "issued_by_pool", "lacking", "lookup",
+    "newest_first", "park", "raise_incident", "unfit",
 ]  # fmt: skip
 
 
@@ -104,6 +104,12 @@ async def newest_first(
             return page
         row = told[-1][0]
         before = (row.generation, row.outbox_seq, row.ordinal)
+
+
+async def issued_by_pool(conn: AsyncConnection, since: int) -> dict[str, int]:
+    """Per pool, the codes issued at ``since`` (Unix seconds) or later; pools without any are left out."""
+    given = select(requests.c.pool, func.sum(requests.c.quantity)).where(requests.c.issued_at >= since)
+    return {pool: int(codes) for pool, codes in await conn.execute(given.group_by(requests.c.pool))}
 
 
 async def counts(conn: AsyncConnection, campaign: str, since: int) -> list[Count]:

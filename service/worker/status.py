@@ -13,19 +13,24 @@ from service import catalogue, keys
 from service.errors import RedisUnreachable, StoreIsOlder, StoreUnreachable
 from service.scripts import Books, Generation, Scripts
 from service.settings import Settings
-from service.store import books, control, inspection, stock
+from service.store import books, control, inspection, ledger, stock
 from service.store.database import Database
 from service.store.inspection import Incident
 from service.worker.currency import refuse_older
-from service.worker.watch import outage_lasts_s
+from service.worker.watch import outage_lasts_s, outbox_age_s
 
 # The newest incidents that are shown one by one.
 INCIDENTS_SHOWN: Final = 10
 
+# Seconds over which the burn rate is taken: what was issued in them is counted row by row.
+BURN_S: Final = 60
+
 
 class PoolStatus(msgspec.Struct, frozen=True):
     """One pool, in codes: ``left`` are in the store, not leased and not over (None: the store is away), ``window``
-    are ready in Redis, and at ``low_water`` more are leased (both None: Redis is away or has nothing of the pool)."""
+    are ready in Redis, and at ``low_water`` more are leased (both None: Redis is away or has nothing of the pool).
+    ``last_minute``: codes issued in the last BURN_S (None: the store is away); ``empty_in_s``: seconds until stock and
+    window are used up at that rate (None: it can't be told, or nothing was issued)."""
 
     pool: str
     left: int | None
@@ -33,6 +38,8 @@ class PoolStatus(msgspec.Struct, frozen=True):
     low_water: int | None
     exhausted: bool
     quarantined: int
+    last_minute: int | None
+    empty_in_s: int | None
 
 
 class PartitionStatus(msgspec.Struct, frozen=True):
@@ -47,6 +54,7 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     outbox_codes: int
     outbox_entries: int
     outbox_max: int
+    outbox_age_s: float
     outage_s: int
 
 
@@ -75,17 +83,19 @@ async def status(
     seen = await _seen(scripts, wrong)
     partition: PartitionStatus | None = None
     held: Books | None = None
+    age_s = 0.0
     lows: dict[str, int] = {}
     if seen is not None:
         try:
             pools = sorted(kept.left) if kept is not None else await _published_pools(scripts)
             held = await scripts.books(pools, generation=seen.open) if seen.open else None
             lows = await _low_waters(scripts, seen.open, pools) if held is not None else {}
+            age_s = await outbox_age_s(scripts, seen.open, now()) if held is not None else 0.0
         except (RedisError, RedisUnreachable):
             seen, held = None, None
             wrong.append("Redis did not answer: nothing can be issued")
     if seen is not None:
-        partition = _partition(seen, held, kept, settings, wrong)
+        partition = _partition(seen, held, age_s, kept, settings, wrong)
     if kept is not None and seen is not None:
         try:
             await refuse_older(database, scripts)
@@ -112,6 +122,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
     version: int
     left: dict[str, int]
+    issued: dict[str, int]  # in the last BURN_S
     incidents: int
     parked: int
     newest: list[Incident]
@@ -128,6 +139,7 @@ async def _kept(database: Database, now: int, wrong: list[str]) -> _Kept | None:
             kept = _Kept(
                 await control.version(conn),
                 await stock.left(conn, now),
+                await ledger.issued_by_pool(conn, now - BURN_S),
                 incidents,
                 parked,
                 await inspection.newest_incidents(conn, INCIDENTS_SHOWN),
@@ -155,7 +167,7 @@ async def _seen(scripts: Scripts, wrong: list[str]) -> Generation | None:
 
 
 def _partition(
-    seen: Generation, held: Books | None, kept: _Kept | None, settings: Settings, wrong: list[str]
+    seen: Generation, held: Books | None, age_s: float, kept: _Kept | None, settings: Settings, wrong: list[str]
 ) -> PartitionStatus:
     codes, entries = (held.codes, held.entries) if held is not None else (0, 0)
     if kept is not None and seen.agrees and seen.fence < kept.version:
@@ -170,6 +182,7 @@ def _partition(
         outbox_codes=codes,
         outbox_entries=entries,
         outbox_max=settings.outbox_max,
+        outbox_age_s=age_s,
         outage_s=_outage_s(held, kept, settings) if held is not None else 0,
     )
 
@@ -182,17 +195,24 @@ def _outage_s(held: Books, kept: _Kept | None, settings: Settings) -> int:
 def _pools(kept: _Kept | None, held: Books | None, lows: dict[str, int]) -> list[PoolStatus]:
     windows = held.windows if held is not None else {}
     known = sorted({*(kept.left if kept is not None else ()), *windows})
-    return [
-        PoolStatus(
-            pool,
-            kept.left.get(pool, 0) if kept is not None else None,
-            windows[pool].length if pool in windows else None,
-            lows.get(pool),
-            pool in windows and windows[pool].exhausted == windows[pool].stock,
-            kept.quarantined.get(pool, 0) if kept is not None else 0,
+    found = []
+    for pool in known:
+        left = kept.left.get(pool, 0) if kept is not None else None
+        window = windows[pool].length if pool in windows else None
+        issued = kept.issued.get(pool, 0) if kept is not None else None
+        found.append(
+            PoolStatus(
+                pool=pool,
+                left=left,
+                window=window,
+                low_water=lows.get(pool),
+                exhausted=pool in windows and windows[pool].exhausted == windows[pool].stock,
+                quarantined=kept.quarantined.get(pool, 0) if kept is not None else 0,
+                last_minute=issued,
+                empty_in_s=BURN_S * (left + (window or 0)) // issued if issued and left is not None else None,
+            )
         )
-        for pool in known
-    ]
+    return found
 
 
 async def _low_waters(scripts: Scripts, generation: int, pools: list[str]) -> dict[str, int]:

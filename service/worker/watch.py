@@ -81,7 +81,8 @@ class Watch:
                 metrics.outbox_codes.labels(partition).set(held.codes)
                 for pool, window in held.windows.items():
                     metrics.window_codes.labels(pool).set(window.length)
-                await self._outbox_age(seen.open)
+                age_s = await outbox_age_s(self._scripts, seen.open, self._now())
+                metrics.outbox_age_seconds.labels(partition).set(age_s)
             async with self._database.read() as conn:
                 left = await stock.left(conn, int(self._now()))
             for pool, codes in left.items():
@@ -109,14 +110,17 @@ class Watch:
         for pool, codes in lost.items():
             metrics.quarantined_codes.labels(pool).set(codes)
 
-    async def _outbox_age(self, generation: int) -> None:
-        partition = self._scripts.partition
-        try:
-            oldest = await self._scripts.redis.xrange(keys.outbox(partition, generation), count=1)
-        except RedisError as error:
-            raise RedisUnreachable from error
-        age = self._now() - int(oldest[0][0].split("-")[0]) / 1000 if oldest else 0.0
-        metrics.outbox_age_seconds.labels(str(partition)).set(max(0.0, age))
+
+async def outbox_age_s(scripts: Scripts, generation: int, now: float) -> float:
+    """How long the oldest entry has been in the outbox by Redis' clock and ``now``, 0.0 if it is empty.
+
+    Raises RedisUnreachable.
+    """
+    try:
+        oldest = await scripts.redis.xrange(keys.outbox(scripts.partition, generation), count=1)
+    except RedisError as error:
+        raise RedisUnreachable from error
+    return max(0.0, now - int(oldest[0][0].split("-")[0]) / 1000) if oldest else 0.0
 
 
 def outage_lasts_s(held: Books, left: dict[str, int], *, outbox_max: int, planned_rate: int) -> float:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -421,3 +422,34 @@ def test_commands_of_a_data_dir_use_its_servers(
     assert orjson.loads(done.stdout)["wrong"] == [
         "no generation is open in Redis, nothing can be issued: see that `voucherd work` runs"
     ]
+
+
+def test_status_shows_the_burn_rate_and_when_the_pool_is_empty(store: OnStage, tmp_path: Path) -> None:
+    _stocked(tmp_path)
+    store(_three_issued)
+    [pool] = orjson.loads(ok("status", "--json").stdout)["pools"]
+    assert (pool["last_minute"], pool["empty_in_s"]) == (3, 60 * 47 // 3)
+    shown = ok("status").stdout
+    assert "15 min 40 s" in shown
+    assert "outbox lag" in shown
+    assert max(map(len, shown.splitlines())) <= 90
+
+
+def test_status_that_watches_goes_on_until_it_is_interrupted(
+    store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stocked(tmp_path)
+    looks = 0
+
+    async def third_time_interrupted(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.cli.status.asyncio", SimpleNamespace(run=asyncio.run, sleep=third_time_interrupted))
+    result = run("status", "--watch", "--json")
+    assert result.exit_code == 0
+    assert [orjson.loads(line)["catalogue"] for line in result.stdout.splitlines()] == [3, 3, 3]
+    looks = 0
+    assert "CAMP-001" in ok("status", "--watch").stdout
