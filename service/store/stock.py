@@ -120,13 +120,16 @@ async def import_rows(
     rows: Sequence[Row],
     now: int,
     earlier: Earlier | None = None,
+    *,
+    look: bool = False,
 ) -> ImportedChunk:
     """The good ones of ``rows`` (at most CHUNK_ROWS_MAX) are in stock, each with position, expiry and serial number.
 
     Lines that an earlier call of the same import has done are passed over, so a chunk whose commit is in doubt
     may be sent again, and two runs may do the same import at the same time.  A bad line costs that line: duplicates
     of a code (in these rows, in any pool) or of a serial number (in this pool), no expiry or one that has passed,
-    characters that don't fit.  ``earlier`` tells which line a duplicate repeats.  Raises NotFound and Conflict as
+    characters that don't fit.  ``earlier`` tells which line a duplicate repeats.  ``look``: duplicates are likely, so
+    the stock is looked into first; otherwise only if a wall says that there is one.  Raises NotFound and Conflict as
     ``begin_import`` does; nothing was done then.
     """
     if len(rows) > CHUNK_ROWS_MAX:
@@ -143,8 +146,9 @@ async def import_rows(
     good, refused = intake.sift(new, into.default_expires_at, now)
     placed: list[Placed] = []
     for attempt in range(COLLISIONS_MAX):
-        good, duplicates = await intake.without_duplicates(connection, pool, good, earlier or Earlier(whole=True))
-        refused += duplicates
+        if look or attempt:
+            good, duplicates = await intake.without_duplicates(connection, pool, good, earlier or Earlier(whole=True))
+            refused += duplicates
         if not good:
             break
         try:
@@ -152,7 +156,7 @@ async def import_rows(
                 placed = await intake.place(connection, pool, good, look=attempt > 0)
             break
         except IntegrityError:
-            continue  # another pool's import has committed one of these codes meanwhile: it is seen now
+            continue  # in stock already, or another pool's import has committed one of these codes meanwhile
     else:
         raise Conflict(f"pool {pool} and another are being filled with the same codes: import one after the other")
     inserted = sum(one.seq_to - one.seq_from for one in placed)

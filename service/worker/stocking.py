@@ -151,14 +151,14 @@ async def import_codes(
     async with database.write() as conn:
         resumed_after = await stock.begin_import(conn, import_id, pool, now())
     tally.listener.begun(resumed_after)
-    done_to, earlier = resumed_after, Earlier(whole=not resumed_after)
+    done_to, earlier, look = resumed_after, Earlier(whole=not resumed_after), False
     while chunk:
         if chunk[-1].line > done_to:
             if time.monotonic() - checked_at > CURRENCY_S:
                 await _refuse(database, scripts)
                 checked_at = time.monotonic()
             async with database.write() as conn:
-                done = await stock.import_rows(conn, import_id, pool, chunk, now(), earlier)
+                done = await stock.import_rows(conn, import_id, pool, chunk, now(), earlier, look=look)
             if done.inserted:
                 # Now and not at the end: P4 holds for whoever asks in between as well.
                 await _tell(scripts, pool, done.stock_version)
@@ -166,6 +166,7 @@ async def import_codes(
             if done.lines < sum(row.line > done_to for row in chunk):
                 earlier.whole = False  # another run of the same import did a part just now
             done_to = done.lines_done
+            look = any(one.kind != "invalid" for one in done.refused)  # where there are some, there are more
             tally.add(done.lines, done.inserted, done.refused)
         chunk = list(islice(iterator, CHUNK_ROWS_MAX))
     unreached = await _raise_stock(database, scripts, pool)  # before it is finished: a run that dies here is repeated
