@@ -83,7 +83,8 @@ def import_(
     FILE is read twice, once to see that it is whole. What is piped in is kept
     in a temporary file (see TMPDIR) for that, at most 4 GiB.
 
-    Exit status 1 if lines were refused and none was imported.
+    Exit status 1 if lines were refused and none was imported, or if the report
+    could not be written.
     """
     try:
         with contextlib.ExitStack() as closing:
@@ -103,7 +104,7 @@ def import_(
         _show(done, file, report)
     failed = refusals.failed if refusals is not None else ""
     if failed:
-        complain(f"{failed}; the import itself is whole, `codes import --dry-run --id NEW` says what would be refused")
+        complain(f"{failed}; the import itself is whole")
     if done.unreached:
         complain(
             f"the codes are in stock, but partition {', '.join(done.unreached)} could not be told: it may take "

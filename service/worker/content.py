@@ -61,7 +61,9 @@ class Content:
                 if isinstance(source, Path):
                     if not source.is_file():
                         raise UnusableFile(
-                            f"{source} is not a file" if source.exists() else f"there is no file {source}"
+                            f"{source} is not a file: a pipe is read as -"
+                            if source.exists()
+                            else f"there is no file {source}"
                         )
                     self.size = source.stat().st_size
                 else:

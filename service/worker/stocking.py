@@ -16,7 +16,7 @@ import msgspec
 from sqlalchemy import select
 
 from service import keys
-from service.errors import RedisUnreachable
+from service.errors import Conflict, RedisUnreachable
 from service.scripts import Scripts
 from service.store import control, schema, stock
 from service.store.database import Database
@@ -148,8 +148,14 @@ async def import_codes(
         return tally.report(import_id, pool, known=True, unreached=await _raise_stock(database, scripts, pool))
     iterator = iter(rows)
     chunk = list(islice(iterator, CHUNK_ROWS_MAX))  # first: what can't be read at all must not begin an import
-    async with database.write() as conn:
-        resumed_after = await stock.begin_import(conn, import_id, pool, now())
+    try:
+        async with database.write() as conn:
+            resumed_after = await stock.begin_import(conn, import_id, pool, now())
+    except Conflict:
+        if not await is_known(database, import_id, pool):
+            raise
+        # Another run of the same import has finished it just now.
+        return tally.report(import_id, pool, known=True, unreached=await _raise_stock(database, scripts, pool))
     tally.listener.begun(resumed_after)
     done_to, earlier, look = resumed_after, Earlier(whole=not resumed_after), False
     while chunk:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import fcntl
 import gzip
 import os
 import pty
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -22,8 +24,9 @@ from sqlalchemy import select
 
 from service.cli import imports
 from service.store import books, schema
+from service.store.database import Database
 from service.worker import stocking
-from tests.integration.stage import Stage
+from tests.integration.stage import Stage, staged
 from tests.integration.test_commands import OnStage, ok, refused, run, store  # noqa: F401 - a fixture
 
 COMMAND = [sys.executable, "-m", "service.cli.main"]
@@ -308,6 +311,37 @@ def test_full_disk_or_too_much_of_what_is_piped_in_is_one_line(pool: OnStage, mo
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert "write them to a file" in result.stderr
     assert stored(pool) == []
+
+
+def test_full_disk_of_the_store_is_one_line_and_the_import_goes_on_later(
+    migrated_sqlite_url: str, valkey_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of a file stands for the disk; PostgreSQL says the same by SQLSTATE 53100."""
+    monkeypatch.setenv("VOUCHERD_STORE_URL", migrated_sqlite_url)
+    monkeypatch.setenv("VOUCHERD_REDIS_URL", valkey_url)
+
+    async def on_stage() -> list[tuple[str, str]]:
+        database = Database.connect(migrated_sqlite_url)
+        try:
+            async with staged(database, valkey_url) as stage:
+                return await _codes(stage)
+        finally:
+            await database.close()
+
+    asyncio.run(on_stage())
+    ok("pool", "create", "P", "--expires", "2040-01-01")
+    file = tmp_path / "codes.csv"
+    file.write_text("code\n" + "\n".join(numbered(30_000)))
+    size = Path(migrated_sqlite_url.partition("///")[2]).stat().st_size + 2_000_000
+    full = subprocess.run(
+        [*COMMAND, "codes", "import", "P", str(file)], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    assert (full.returncode, full.stdout, full.stderr.count("\n")) == (1, "", 1)
+    assert full.stderr.startswith("voucherd: the store's file can't be used (SQLITE_")
+    assert 0 < len(asyncio.run(on_stage())) < 30_000
+    ok("codes", "import", "P", str(file))
+    assert [code for code, _ in asyncio.run(on_stage())] == numbered(30_000)
 
 
 def test_resumed_import_appends_to_its_report(pool: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
