@@ -183,7 +183,7 @@ class _Terminal(Listener):
     def __init__(self, bar: Bar, refusals: _Refusals | None) -> None:
         self.codes: CodesFile | None = None
         self._bar = bar
-        self._task = bar.add_task("", total=None, text="looking whether it is whole")
+        self._task = bar.add_task("", total=None, text="looking whether it is whole", left="")
         self._refusals = refusals
         self._seen = deque[tuple[float, int]]()
 
@@ -204,7 +204,7 @@ class _Terminal(Listener):
 
     def progress(self, so_far: Progress) -> None:
         assert self.codes is not None
-        self._bar.update(self._task, completed=self.codes.read, text=self._text(so_far))
+        self._bar.update(self._task, completed=self.codes.read, text=self._text(so_far), left="left")
 
     def _text(self, so_far: Progress) -> str:
         now = time.monotonic()
@@ -224,7 +224,7 @@ def _bar() -> Bar:
         TaskProgressColumn(),
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(compact=True),
-        TextColumn("left"),
+        TextColumn("{task.fields[left]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any, Final, Literal
 
 import msgspec
-from sqlalchemy import and_, insert, select, text, update
+from sqlalchemy import bindparam, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.control import TIME_MAX
@@ -257,15 +257,17 @@ async def place(connection: AsyncConnection, pool: str, rows: Sequence[Good], *,
 async def _lots(connection: AsyncConnection, pool: str, wanted: Counter[int]) -> dict[int, tuple[int, int]]:
     """Per expiry, the lot and its first new position; the lots count what is about to come."""
     first: dict[int, tuple[int, int]] = {}
-    for expires_at, count in sorted(wanted.items()):
-        here = and_(lots.c.pool == pool, lots.c.expires_at == expires_at)
-        grown = update(lots).where(here).values(imported=lots.c.imported + count)
-        found = (await connection.execute(grown.returning(lots.c.id, lots.c.imported))).first()
-        if found is None:
-            row = {"pool": pool, "expires_at": expires_at, "imported": count, "leased_to": 0}
-            made = await connection.execute(insert(lots).values(row).returning(lots.c.id, lots.c.imported))
-            found = made.one()
-        first[expires_at] = (found.id, found.imported - count)
+    expiries = sorted(wanted)
+    for part in _parts(expiries):
+        there = select(lots.c.expires_at, lots.c.id, lots.c.imported)
+        found = await connection.execute(there.where(lots.c.pool == pool, lots.c.expires_at.in_(part)))
+        first.update({expires_at: (lot, imported) for expires_at, lot, imported in found})
+    if missing := [expires_at for expires_at in expiries if expires_at not in first]:
+        rows = [{"pool": pool, "expires_at": expires_at, "imported": 0, "leased_to": 0} for expires_at in missing]
+        made = await connection.execute(insert(lots).returning(lots.c.expires_at, lots.c.id), rows)
+        first.update({expires_at: (lot, 0) for expires_at, lot in made})
+    grown = update(lots).where(lots.c.id == bindparam("lot")).values(imported=lots.c.imported + bindparam("more"))
+    await connection.execute(grown, [{"lot": first[one][0], "more": wanted[one]} for one in expiries])
     return first
 
 

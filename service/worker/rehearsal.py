@@ -10,7 +10,7 @@ from typing import Final
 
 from sqlalchemy import select
 
-from service.errors import Conflict, NotFound
+from service.errors import Conflict, Misconfigured, NotFound
 from service.store import intake, schema
 from service.store.database import Database
 from service.store.intake import Earlier, Good, Refused
@@ -32,7 +32,8 @@ async def rehearse_import(
 ) -> ImportReport:
     """What ``import_codes`` with the same arguments would report, as the store is now.
 
-    Raises NotFound for an unknown pool and Conflict if the import belongs to another one.
+    Raises NotFound for an unknown pool, Conflict if the import belongs to another one, and Misconfigured if there is no
+    room for a temporary file.
     """
     tally = Tally(listener or Listener())
     if await is_known(database, import_id, pool):
@@ -50,14 +51,19 @@ async def rehearse_import(
     try:
         while chunk := list(islice(iterator, CHUNK_ROWS_MAX)):
             good, refused = intake.sift(chunk, into.default_expires_at, now())
-            done, new = ([row for row in good if (row.line > resumed_after) is late] for late in (False, True))
+            new = [row for row in good if row.line > resumed_after]
             async with database.read() as conn:
                 new, stored = await intake.without_duplicates(conn, pool, new, Earlier(whole=not resumed_after))
-            seen.add(done)
+            seen.add([row for row in good if row.line <= resumed_after])
             new, repeated = seen.add(new)
             refused = [one for one in (*refused, *stored, *repeated) if one.line > resumed_after]
             lines = sum(row.line > resumed_after for row in chunk)
             tally.add(lines, len(new), sorted(refused, key=lambda each: each.line))
+    except sqlite3.Error as error:
+        raise Misconfigured(
+            f"a dry run keeps what it has seen in a temporary file, and can't: {error}; name another directory with "
+            "SQLITE_TMPDIR"
+        ) from None
     finally:
         seen.close()
     return tally.report(

@@ -11,6 +11,7 @@ import pty
 import re
 import resource
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from sqlalchemy import select
 from service.cli import imports
 from service.store import books, schema
 from service.store.database import Database
-from service.worker import stocking
+from service.worker import rehearsal, stocking
 from tests.integration.stage import Stage, staged
 from tests.integration.test_commands import OnStage, ok, refused, run, store  # noqa: F401 - a fixture
 
@@ -310,6 +311,17 @@ def test_full_disk_or_too_much_of_what_is_piped_in_is_one_line(pool: OnStage, mo
     result = run("codes", "import", "P", "-", typed="code\n" + "\n".join(numbered(200)))
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert "write them to a file" in result.stderr
+    assert stored(pool) == []
+
+
+def test_full_disk_of_a_dry_run_is_one_line(pool: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(rehearsal._Seen, "add", full)
+    file = tmp_path / "codes.csv"
+    file.write_text("code\nA\n")
+    refused("codes", "import", "P", str(file), "--dry-run", says="disk is full; name another directory")
     assert stored(pool) == []
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import event, func, insert, select, update
 
 from service.domain import Code
 from service.errors import Conflict, Fault, GenerationClosed, NotFound
@@ -189,6 +189,24 @@ async def test_import_that_was_not_begun_or_is_another_pools_adds_nothing(furnis
             await stock.finish_import(connection, "none", NOW)
         with pytest.raises(ValueError, match="5000"):
             await stock.import_rows(connection, "i", "P", rows(map(str, range(5001))), NOW)
+
+
+async def test_lots_of_thousands_of_expiries_are_made_and_grown_at_once(furnished: Database) -> None:
+    """An expiry to the second in each line: statements for each of them would hold the pool's lock for seconds."""
+    statements: list[str] = []
+    event.listen(
+        furnished._engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+    lines = [Row(line, f"CODE-{line}", None, SOON + line % 4_000) for line in range(1, 5_001)]
+    assert (await fill(furnished, "i", "P", lines)).inserted == 5_000
+    more = [Row(line, f"MORE-{line}", None, SOON + line * 2) for line in range(1, 3_001)]
+    assert (await fill(furnished, "j", "P", more)).inserted == 3_000
+    assert len(statements) < 100
+    async with furnished.read() as connection:
+        found = await connection.execute(select(schema.lots.c.expires_at, schema.lots.c.imported))
+    assert {row.expires_at: row.imported for row in found} == Counter(
+        row.expires_at for row in [*lines, *more] if row.expires_at is not None
+    )
 
 
 async def test_stock_version_does_not_rise_without_new_stock(furnished: Database) -> None:
