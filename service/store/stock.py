@@ -20,7 +20,7 @@ from service.errors import Conflict, GenerationClosed, NotFound
 from service.store import intake
 from service.store.control import ID
 from service.store.intake import Earlier, Placed
-from service.store.intake import Refused as Refused
+from service.store.intake import Refused as Refused  # these three are had from here: what a line is belongs to stock
 from service.store.intake import Row as Row
 from service.store.intake import digest as digest
 from service.store.schema import codes, generations, imports, leases, lots, pools
