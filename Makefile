@@ -8,10 +8,10 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench sim
+.PHONY: help install run test check lua bench bench-import chaos-import sim
 
 help: ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## prepare .venv with everything pinned (quick the second time)
 
@@ -40,6 +40,12 @@ lua: ## luacheck alone
 
 bench: install ## CPU per voucher, next to a no-op application on the same server
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+bench-import: install ## an import next to \copy, and issuing meanwhile (ARGS='--codes 10000000')
+	$(BIN)/python -m loadtest.imports $(ARGS)
+
+chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
+	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)
 
 sim: install ## the long simulation: 10,000 schedules (ARGS='--seed 7')
 	$(BIN)/python -m tests.simulation --schedules 10000 $(ARGS)

@@ -30,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from loadtest.client import Run, run
+from loadtest.vouchers import VoucherRequests
 
 RATIO_MAX = 2.5  # the target: service + Redis over the no-op application
 START_S_MAX = 60.0
@@ -50,7 +51,7 @@ def main() -> int:
         rounds: list[dict[str, float]] = []
         with _noop() as (noop, noop_port), _voucherd(Path(folder), options) as (serving, valkey, work, demo):
             port = int(demo["base_url"].rsplit(":", 1)[1])
-            vouchers = _VoucherRequests(demo)
+            vouchers = VoucherRequests(demo["token"], demo["distributor_id"])
             progress.update(task, advance=1, description="warming up")
             _measure(noop_port, options, _plain_request, {"noop": [noop]}, warm=True)
             _measure(port, options, vouchers, {"serve": serving}, warm=True)
@@ -133,27 +134,6 @@ def _plain_request(number: int) -> bytes:
     )
 
 
-class _VoucherRequests:
-    """Requests with a new id each, over all runs."""
-
-    def __init__(self, demo: dict[str, str]) -> None:
-        self._run = secrets.token_hex(8)
-        self._sent = 0
-        self._head = (
-            "POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {demo['token']}\r\nContent-Length: "
-        ).encode()
-        self._distributor = demo["distributor_id"]
-
-    def __call__(self, _: int) -> bytes:
-        self._sent += 1
-        body = (
-            f'{{"request_id":"bench-{self._run}-{self._sent}","distributor_id":"{self._distributor}",'
-            f'"terminal_id":"AT-{self._sent % 1000}","product_ids":["PAY"]}}'
-        ).encode()
-        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
-
-
 @contextmanager
 def _noop() -> Iterator[tuple[psutil.Process, int]]:
     with socket.socket() as probe:
@@ -234,7 +214,7 @@ def _wait_ready(demo: Path, up: subprocess.Popen[bytes]) -> dict[str, str]:
 def _wait_windows(demo: dict[str, str], codes: int) -> None:
     """Waits until a voucher comes at once: the import is in, and the window was filled with it."""
     deadline = time.monotonic() + START_S_MAX
-    request = _VoucherRequests(demo)
+    request = VoucherRequests(demo["token"], demo["distributor_id"])
     port = int(demo["base_url"].rsplit(":", 1)[1])
     while time.monotonic() < deadline:
         if set(run("127.0.0.1", port, 1, 100, request).statuses) == {200}:

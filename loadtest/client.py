@@ -1,10 +1,12 @@
-"""A closed-loop HTTP client: so many connections, each sends its next request when the last one is answered."""
+"""An HTTP client on so many connections.  Closed loop: each sends its next request when the last one is answered.  With
+a rate: requests are due at a steady pace, whatever the answers do, and a latency counts from when its request was due.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import cast
 
@@ -27,22 +29,33 @@ class Run(msgspec.Struct, frozen=True):
         return sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
 
 
-def run(host: str, port: int, connections: int, requests: int, request: Callable[[int], bytes]) -> Run:
-    """Sends ``requests`` requests, the i-th as ``request(i)`` gives it, over ``connections`` kept-alive connections.
+def run(
+    host: str, port: int, connections: int, requests: int, request: Callable[[int], bytes], rate: float | None = None
+) -> Run:
+    """Sends ``requests`` requests, the i-th as ``request(i)`` gives it, over ``connections`` kept-alive connections;
+    ``rate`` a second if one is given, otherwise as fast as they are answered.
 
     Raises ConnectionError if the server closes a connection, TimeoutError if it falls silent.
     """
-    return uvloop.run(_run(host, port, connections, requests, request))
+    return uvloop.run(_run(host, port, connections, requests, request, rate))
 
 
-async def _run(host: str, port: int, connections: int, requests: int, request: Callable[[int], bytes]) -> Run:
+async def _run(
+    host: str, port: int, connections: int, requests: int, request: Callable[[int], bytes], rate: float | None
+) -> Run:
     loop = asyncio.get_running_loop()
     state = _State(requests, request, loop.create_future())
     for _ in range(min(connections, requests)):
         await loop.create_connection(lambda: _Connection(state), host, port)
     began = time.perf_counter()
-    for connection in list(state.connections):
-        connection.send()
+    pace = None
+    if rate is None:
+        state.due.extend([0.0] * requests)
+        for connection in list(state.connections):
+            connection.send()
+    else:
+        state.idle.extend(state.connections)
+        pace = asyncio.ensure_future(_pace(state, began, requests, rate))
     answered = -1
     while not state.done.done():
         await asyncio.wait([state.done], timeout=SILENCE_S_MAX)
@@ -50,10 +63,21 @@ async def _run(host: str, port: int, connections: int, requests: int, request: C
             raise TimeoutError(f"no answer for {SILENCE_S_MAX:.0f} s after {answered} answers")
         answered = len(state.latencies)
     state.done.result()
+    if pace is not None:
+        await pace
     seconds = time.perf_counter() - began
     for connection in state.connections:
         connection.close()
     return Run(dict(state.statuses), seconds, state.latencies)
+
+
+async def _pace(state: _State, began: float, requests: int, rate: float) -> None:
+    for number in range(requests):
+        due = began + number / rate
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        state.due.append(due)
+        if state.idle:
+            state.idle.popleft().send()
 
 
 class _State:
@@ -65,6 +89,8 @@ class _State:
         self.statuses: Counter[int] = Counter()
         self.latencies: list[float] = []
         self.connections: list[_Connection] = []
+        self.due = deque[float]()  # when the requests that wait should have been sent; 0: at once, counted from then
+        self.idle = deque[_Connection]()
 
 
 class _Connection(asyncio.Protocol):
@@ -79,12 +105,15 @@ class _Connection(asyncio.Protocol):
         self._state.connections.append(self)
 
     def send(self) -> None:
+        """The next request that is due, or none: then it waits for one."""
         state = self._state
-        if state.sent < state.requests:
+        if state.due:
             data = state.request(state.sent)
             state.sent += 1
-            self._sent_at = time.perf_counter()
+            self._sent_at = state.due.popleft() or time.perf_counter()
             self._transport.write(data)
+        else:
+            state.idle.append(self)
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer + data if self._buffer else data

@@ -38,6 +38,7 @@ settings.load_profile("voucherd")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of everything random in the tests; printed")
+    parser.addoption("--kills", type=int, default=3, help="imports that are killed, on each store")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -116,7 +116,9 @@ def postgres_binaries(directory: Path) -> Path:
 class PostgresServer:
     """One PostgreSQL with its own data directory.  PostgreSQL refuses root: as root it runs as `nobody`."""
 
-    def __init__(self, binaries: Path, directory: Path) -> None:
+    def __init__(self, binaries: Path, directory: Path, **options: str) -> None:
+        """``options`` of the server go before those of the tests."""
+        self.options = options
         self.binaries = binaries
         self.directory = directory
         self.port = free_port()
@@ -142,6 +144,7 @@ class PostgresServer:
             "max_connections": "60",
             "log_checkpoints": "off",
             "shared_buffers": "32MB",
+            **self.options,
         }
         arguments = [text for name, value in options.items() for text in ("-c", f"{name}={value}")]
         with (self.directory / "log").open("ab") as log:

@@ -166,16 +166,32 @@ async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[
         return
     if connection.dialect.name == "sqlite":
         await connection.execute(insert(table), list(rows))
+    else:
+        columns = list(rows[0])
+        await _copy(connection, table, columns, [tuple(row[column] for column in columns) for row in rows])
+
+
+async def insert_records(
+    connection: AsyncConnection, table: Table, columns: Sequence[str], records: Sequence[tuple[object, ...]]
+) -> None:
+    """As ``insert_rows``, for rows that are tuples in the order of ``columns``."""
+    if not records:
         return
-    columns = list(rows[0])
+    if connection.dialect.name == "sqlite":
+        await connection.execute(insert(table), [dict(zip(columns, record, strict=True)) for record in records])
+    else:
+        await _copy(connection, table, columns, records)
+
+
+async def _copy(
+    connection: AsyncConnection, table: Table, columns: Sequence[str], records: Sequence[tuple[object, ...]]
+) -> None:
     raw = await connection.get_raw_connection()
     driver: Any = raw.driver_connection
     if not driver.is_in_transaction():  # SQLAlchemy begins with its first statement; COPY would commit by itself
         await connection.exec_driver_sql("select 1")
     try:
-        await driver.copy_records_to_table(
-            table.name, records=[tuple(row[column] for column in columns) for row in rows], columns=columns
-        )
+        await driver.copy_records_to_table(table.name, records=records, columns=columns)
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(f"COPY {table.name}", None, error, hide_parameters=True) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:

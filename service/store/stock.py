@@ -6,34 +6,29 @@ leased twice, and in every committed state ``imported = stored + leased + withdr
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from hashlib import blake2b
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, Table, and_, bindparam, case, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Table, bindparam, case, exists, func, insert, select, update
 from sqlalchemy import Row as SqlRow
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code
 from service.errors import Conflict, GenerationClosed, NotFound
-from service.store.control import ID, TIME_MAX
-from service.store.database import insert_rows
+from service.store import intake
+from service.store.control import ID
+from service.store.intake import Earlier, Placed
+from service.store.intake import Refused as Refused  # these three are had from here: what a line is belongs to stock
+from service.store.intake import Row as Row
+from service.store.intake import digest as digest
 from service.store.schema import codes, generations, imports, leases, lots, pools, withdrawn
 
 # One transaction holds the pool's lock, and on SQLite the only write lock: a flush must never wait long.
 CHUNK_ROWS_MAX: Final = 5_000
-# Values looked up in one statement: far below what either database takes, and few statements a chunk.
-LOOKUP_MAX: Final = 1_000
 # Each repetition means that another pool's import committed one of the same codes just then.
 COLLISIONS_MAX: Final = 10
-
-_CODE: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_SERIAL: Final = re.compile(r"[\x21-\x7e]{1,64}")
-
 
 # What the worker asks several times a second; making such a statement costs several times what running it does.
 _STOCK_VERSIONS: Final = select(pools.c.id, pools.c.stock_version)
@@ -52,31 +47,19 @@ _CHAIN_ENDS: Final = select(leases).where(
 )
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One line of an import.  ``line`` counts from 1 and rises; what is None is decided at the import.
-    ``unreadable`` says why the line could not even be read ('': it could); it is counted and refused like any other.
-    """
-
-    line: int
-    code: str
-    serial: str | None
-    expires_at: int | None
-    unreadable: str = ""
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """A line that was not imported, and why.  The reason never shows the code."""
-
-    line: int
-    reason: str
-
-
 class ImportedChunk(msgspec.Struct, frozen=True):
-    """What one call of ``import_rows`` did, and the pool's stock version after it."""
+    """What one call of ``import_rows`` did, and the pool's stock version after it.
+
+    ``lines`` were looked at: the rows without those that were done before.  ``lines_done``: the import's last line
+    that is done now, by whichever run.
+    """
 
     inserted: int
     refused: list[Refused]
     stock_version: int
+    lines: int
+    lines_done: int
+    placed: list[Placed]
 
 
 class ImportState(msgspec.Struct, frozen=True):
@@ -99,11 +82,6 @@ class Lease(msgspec.Struct, frozen=True):
     seq_from: int
     seq_to: int
     codes: int
-
-
-def digest(code: str) -> bytes:
-    """What makes a code unique over all pools: 16 bytes, so that the walls' indexes stay small."""
-    return blake2b(code.encode(), digest_size=16).digest()
 
 
 # --- imports -------------------------------------------------------------------------------------------------
@@ -136,41 +114,60 @@ async def begin_import(connection: AsyncConnection, import_id: str, pool: str, n
 
 
 async def import_rows(
-    connection: AsyncConnection, import_id: str, pool: str, rows: Sequence[Row], now: int
+    connection: AsyncConnection,
+    import_id: str,
+    pool: str,
+    rows: Sequence[Row],
+    now: int,
+    earlier: Earlier | None = None,
+    *,
+    look: bool = False,
 ) -> ImportedChunk:
-    """The good ones of ``rows`` (at most 5,000) are in stock, each with a position, an expiry, a serial number.
+    """The good ones of ``rows`` (at most CHUNK_ROWS_MAX) are in stock, each with position, expiry and serial number.
 
     Lines that an earlier call of the same import has done are passed over, so a chunk whose commit is in doubt
-    may be sent again.  A bad line costs that line: duplicates of a code (in these rows, in any pool) or of a
-    serial number (in this pool), no expiry or one that has passed, characters that don't fit.  Raises NotFound
-    and Conflict as ``begin_import`` does; nothing was done then.
+    may be sent again, and two runs may do the same import at the same time.  A bad line costs that line: duplicates
+    of a code (in these rows, in any pool) or of a serial number (in this pool), no expiry or one that has passed,
+    characters that don't fit.  ``earlier`` tells which line a duplicate repeats.  ``look``: duplicates are likely, so
+    the stock is looked into first; otherwise only if a wall says that there is one.  Raises NotFound and Conflict as
+    ``begin_import`` does; nothing was done then.
     """
     if len(rows) > CHUNK_ROWS_MAX:
         raise ValueError(f"at most {CHUNK_ROWS_MAX} rows in one transaction")
     into = await lock_pool(connection, pool)
     state = (await connection.execute(select(imports).where(imports.c.id == import_id).with_for_update())).first()
-    if state is None or state.pool != pool or state.finished_at is not None:
+    if state is None or state.pool != pool:
         raise Conflict(f"import {import_id} of pool {pool} is not under way: begin it first")
     new = [row for row in rows if row.line > state.lines_done]
-    good, refused = _sift(new, into.default_expires_at, now)
-    inserted = 0
-    for _ in range(COLLISIONS_MAX):
-        good, duplicates = await _without_duplicates(connection, pool, good)
-        refused += duplicates
+    if new and state.finished_at is not None:
+        raise Conflict(
+            f"import {import_id} was finished by another run, after line {state.lines_done}: is this its file?"
+        )
+    good, refused = intake.sift(new, into.default_expires_at, now)
+    placed: list[Placed] = []
+    for attempt in range(COLLISIONS_MAX):
+        if look or attempt:
+            good, duplicates = await intake.without_duplicates(connection, pool, good, earlier or Earlier(whole=True))
+            refused += duplicates
+        if not good:
+            break
         try:
             async with connection.begin_nested():
-                inserted = await _insert(connection, pool, good)
+                placed = await intake.place(connection, pool, good, look=attempt > 0)
             break
         except IntegrityError:
-            continue  # another pool's import has committed one of these codes meanwhile: it is seen now
+            continue  # in stock already, or another pool's import has committed one of these codes meanwhile
     else:
         raise Conflict(f"pool {pool} and another are being filled with the same codes: import one after the other")
+    inserted = sum(one.seq_to - one.seq_from for one in placed)
+    lines_done = int(state.lines_done)
     if new:
+        lines_done = new[-1].line
         await connection.execute(
             update(imports)
             .where(imports.c.id == import_id)
             .values(
-                lines_done=new[-1].line,
+                lines_done=lines_done,
                 inserted=imports.c.inserted + inserted,
                 refused=imports.c.refused + len(refused),
             )
@@ -179,7 +176,8 @@ async def import_rows(
     if inserted:
         stock_version += 1
         await connection.execute(update(pools).where(pools.c.id == pool).values(stock_version=stock_version))
-    return ImportedChunk(inserted, sorted(refused, key=lambda each: each.line), stock_version)
+    refused.sort(key=lambda each: each.line)
+    return ImportedChunk(inserted, refused, stock_version, len(new), lines_done, placed)
 
 
 async def finish_import(connection: AsyncConnection, import_id: str, now: int) -> ImportState:
@@ -343,145 +341,9 @@ def _lease(row: Any) -> Lease:
     )
 
 
-# --- what an import decides ------------------------------------------------------------------------------------
-
-
-class _Good(msgspec.Struct, frozen=True):
-    line: int
-    code: str
-    serial: str | None
-    expires_at: int
-    digest: bytes
-
-
 async def lock_pool(connection: AsyncConnection, pool: str) -> SqlRow[Any]:
     """The pool's row; until the transaction ends nobody else imports, leases or withdraws.  Raises NotFound."""
     row = (await connection.execute(select(pools).where(pools.c.id == pool).with_for_update())).first()
     if row is None:
         raise NotFound(f"there is no pool {pool}: create it first")
     return row
-
-
-def _sift(rows: Iterable[Row], default_expires_at: int | None, now: int) -> tuple[list[_Good], list[Refused]]:
-    """What can be told without looking into the stock."""
-    good: list[_Good] = []
-    refused: list[Refused] = []
-    digests: set[bytes] = set()
-    serials: set[str] = set()
-    for row in rows:
-        expires_at = default_expires_at if row.expires_at is None else row.expires_at
-        if row.unreadable:
-            refused.append(Refused(row.line, row.unreadable))
-        elif _CODE.fullmatch(row.code) is None:
-            refused.append(Refused(row.line, "the code needs 1 to 128 printable ASCII characters without space"))
-        elif row.serial is not None and _SERIAL.fullmatch(row.serial) is None:
-            refused.append(Refused(row.line, "the serial needs 1 to 64 printable ASCII characters without space"))
-        elif expires_at is None:
-            refused.append(Refused(row.line, "no expiry: neither the line nor the pool has one"))
-        elif expires_at <= now:
-            refused.append(Refused(row.line, "expired already"))
-        elif expires_at > TIME_MAX:
-            refused.append(Refused(row.line, "the expiry lies after the year 9999"))
-        elif (value := digest(row.code)) in digests:
-            refused.append(Refused(row.line, "the code stands in an earlier line"))
-        elif row.serial is not None and row.serial in serials:
-            refused.append(Refused(row.line, "the serial stands in an earlier line"))
-        else:
-            good.append(_Good(row.line, row.code, row.serial, expires_at, value))
-            digests.add(value)
-            if row.serial is not None:
-                serials.add(row.serial)
-    return good, refused
-
-
-async def _without_duplicates(
-    connection: AsyncConnection, pool: str, rows: Sequence[_Good]
-) -> tuple[list[_Good], list[Refused]]:
-    """What only the stock can tell, as committed until now."""
-    pools_of: dict[bytes, str] = {}
-    for part in _parts([row.digest for row in rows]):
-        stored = select(codes.c.digest, codes.c.pool).where(codes.c.digest.in_(part))
-        pools_of.update({bytes(value): owner for value, owner in await connection.execute(stored)})
-    used = await _used_serials(connection, pool, [row.serial for row in rows if row.serial is not None])
-    good: list[_Good] = []
-    refused: list[Refused] = []
-    for row in rows:
-        if row.digest in pools_of:
-            where = "this pool" if pools_of[row.digest] == pool else f"pool {pools_of[row.digest]}"
-            refused.append(Refused(row.line, f"the code is in {where} already"))
-        elif row.serial is not None and row.serial in used:
-            refused.append(Refused(row.line, "the serial is used in this pool already"))
-        else:
-            good.append(row)
-    return good, refused
-
-
-async def _insert(connection: AsyncConnection, pool: str, rows: Sequence[_Good]) -> int:
-    """Positions given and rows inserted.  Raises IntegrityError: then the caller's savepoint undoes all of it."""
-    next_seq = await _lots(connection, pool, Counter(row.expires_at for row in rows))
-    placed: list[tuple[_Good, int, int]] = []
-    for row in rows:
-        lot, seq = next_seq[row.expires_at]
-        next_seq[row.expires_at] = (lot, seq + 1)
-        placed.append((row, lot, seq))
-    given = {row.serial for row in rows if row.serial is not None}
-    wanted = [_serial(lot, seq) for row, lot, seq in placed if row.serial is None]
-    taken = given | await _used_serials(connection, pool, wanted)
-    inserts: list[dict[str, Any]] = [
-        {
-            "lot": lot,
-            "seq": seq,
-            "pool": pool,
-            "code": row.code,
-            "serial": row.serial or await _free_serial(connection, pool, _serial(lot, seq), taken),
-            "digest": row.digest,
-        }
-        for row, lot, seq in placed
-    ]
-    # In the order of their digests, so that two imports with codes in common wait for each other once and never
-    # in a circle.
-    inserts.sort(key=lambda row: row["digest"])
-    await insert_rows(connection, codes, inserts)
-    return len(inserts)
-
-
-async def _lots(connection: AsyncConnection, pool: str, wanted: Counter[int]) -> dict[int, tuple[int, int]]:
-    """Per expiry, the lot and its first new position; the lots count what is about to come."""
-    first: dict[int, tuple[int, int]] = {}
-    for expires_at, count in sorted(wanted.items()):
-        here = and_(lots.c.pool == pool, lots.c.expires_at == expires_at)
-        grown = update(lots).where(here).values(imported=lots.c.imported + count)
-        found = (await connection.execute(grown.returning(lots.c.id, lots.c.imported))).first()
-        if found is None:
-            row = {"pool": pool, "expires_at": expires_at, "imported": count, "leased_to": 0}
-            made = await connection.execute(insert(lots).values(row).returning(lots.c.id, lots.c.imported))
-            found = made.one()
-        first[expires_at] = (found.id, found.imported - count)
-    return first
-
-
-def _serial(lot: int, seq: int) -> str:
-    """The serial number that a position gets if its code brought none."""
-    return f"SER-{lot:04}-{seq:08}"
-
-
-async def _free_serial(connection: AsyncConnection, pool: str, wanted: str, taken: set[str]) -> str:
-    """``wanted``, or the first variation of it that is not taken: an imported one may look like ours."""
-    serial, number = wanted, 1
-    while serial in taken or (serial != wanted and await _used_serials(connection, pool, [serial])):
-        number += 1
-        serial = f"{wanted}-{number}"
-    taken.add(serial)
-    return serial
-
-
-async def _used_serials(connection: AsyncConnection, pool: str, serials: Collection[str]) -> set[str]:
-    used: set[str] = set()
-    for part in _parts(list(serials)):
-        stored = select(codes.c.serial).where(codes.c.pool == pool, codes.c.serial.in_(part))
-        used.update((await connection.execute(stored)).scalars())
-    return used
-
-
-def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (values[start : start + LOOKUP_MAX] for start in range(0, len(values), LOOKUP_MAX))

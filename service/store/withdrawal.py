@@ -15,8 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain import Code
 from service.errors import NotFound
 from service.store import stock
+from service.store.intake import LOOKUP_MAX
 from service.store.schema import codes, issuances, leases, lots, set_asides, withdrawn
-from service.store.stock import LOOKUP_MAX, lock_pool, not_withdrawn
+from service.store.stock import lock_pool, not_withdrawn
 
 # Codes named in one transaction: it holds the pool's lock, and on SQLite the only write lock.
 NAMED_MAX: Final = 5_000

@@ -1,4 +1,4 @@
-"""A CSV file of codes, read line by line: ``code[,serial_number][,expires_at]`` with a header.
+"""Codes in a file: CSV, ``code[,serial_number][,expires_at]`` with a header in any order, or NDJSON, one object a line.
 
 A line is a line: a quote that is never closed costs its own line and not the rest of the file.  Nothing that is
 said about a line quotes it, for it may hold a code in any column.
@@ -8,95 +8,77 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime, time
-from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Literal
 
-from service.errors import Fault
+import msgspec
+
 from service.store.stock import Row
+from service.worker.content import LINE_BYTES_MAX, Content, UnusableFile
 
 COLUMNS: Final = ("code", "serial_number", "expires_at")
 
-# A code, a serial number and a time take 220 bytes.  What is longer is no line of ours, and must not be held in memory.
-LINE_BYTES_MAX: Final = 1_000
+Fields = tuple[str, str | None, str | None]  # code, serial number, expiry
 
-HASH_BYTES: Final = 1 << 20
+Format = Literal["csv", "ndjson"]
 
 EXPIRY_RULE: Final = "expires_at has to be a day (2027-01-31) or a time with its zone (2027-01-31T12:00:00Z)"
 
+# Expiries remembered, so that one which stands in every line is read once.
+EXPIRIES_MAX: Final = 10_000
+
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _DAY: Final = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
-
-
-class Content(Protocol):
-    """What the content of a file is summed up in."""
-
-    def update(self, part: bytes, /) -> None: ...
-
-
-class UnusableFile(Fault):
-    """The file can't be imported as a whole; nothing of it was."""
+_BOM: Final = b"\xef\xbb\xbf"
 
 
 class CodesFile:
-    """One file of codes.  ``read`` says how many of its ``size`` bytes have been looked at.
+    """One file of codes, or what is piped in.  The format is told by the first character unless it is given.
 
-    ``id`` is the SHA-256 of the content, hex: the same content is the same import, wherever it lies.
+    ``id``, ``size`` and ``read`` are those of its content.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises UnusableFile, also for OSError, if ``path`` can't be read twice from its beginning."""
-        self.path = path
-        self.read = 0
-        self.size = 0
-        content = sha256()
-        try:
-            if not path.is_file():
-                raise UnusableFile(f"{path} is not a file" if path.exists() else f"there is no file {path}")
-            with path.open("rb") as file:
-                while part := file.read(HASH_BYTES):
-                    content.update(part)
-                    self.size += len(part)
-        except OSError as error:
-            raise UnusableFile(f"{path} can't be read: {error.strerror}") from None
-        self.id = content.hexdigest()
+    def __init__(
+        self,
+        source: Path | BinaryIO,
+        form: Format | None = None,
+        looked_at: Callable[[int, int], None] = lambda read, size: None,
+    ) -> None:
+        """Raises UnusableFile as ``Content`` does, which explains ``looked_at``."""
+        self._content = Content(source, looked_at)
+        self._format = form
+        self.id = self._content.id
+        self.size = self._content.size
+
+    @property
+    def read(self) -> int:
+        return self._content.read
+
+    def close(self) -> None:
+        """Nothing of what was piped in is kept."""
+        self._content.close()
 
     def rows(self) -> Iterator[Row]:
-        """Every line below the header that is not empty; what can't be read comes as such, with its reason.
+        """Every line that is not empty, below the header if it has one; what can't be read comes with its reason.
 
-        Raises UnusableFile at the first step if there is no usable header, and at the end if the content is no longer
-        what ``id`` says.
+        Raises UnusableFile at the first step if nothing is there or a CSV has no usable header, and at the end if the
+        content is no longer what ``id`` says.
         """
-        content = sha256()
-        self.read = 0
-        with self.path.open("rb") as file:
-            columns: list[str] | None = None
-            line = 0
-            while raw := self._line(file, content):
-                line += 1
-                if columns is None:
-                    columns = _header(self.path, raw)
-                elif raw.strip():
-                    yield _row(line, raw, columns)
-        if columns is None:
-            raise UnusableFile(f"{self.path} is empty: its first line has to name the columns, {','.join(COLUMNS)}")
-        if content.hexdigest() != self.id:
-            raise UnusableFile(
-                f"{self.path} changed while it was imported: what came before is in stock; import it again"
-            )
-
-    def _line(self, file: BinaryIO, content: Content) -> bytes:
-        """The next line with its end, b"" after the last; one that is too long comes cut to one byte too many."""
-        first = part = file.readline(LINE_BYTES_MAX + 1)
-        while part:
-            content.update(part)
-            self.read += len(part)
-            if part.endswith(b"\n") or len(part) <= LINE_BYTES_MAX:
-                break
-            part = file.readline(LINE_BYTES_MAX + 1)
-        return first
+        name, lines = self._content.name, enumerate(self._content.lines(), 1)
+        for number, raw in lines:
+            first = raw.removeprefix(_BOM) if number == 1 else raw
+            if not first.strip():
+                continue
+            if (self._format or ("ndjson" if first.lstrip().startswith(b"{") else "csv")) == "ndjson":
+                return _rows(chain([(number, first)], lines), _json_fields)
+            return _rows(lines, _csv_fields(_header(name, first)))
+        raise UnusableFile(
+            f"{name} is empty: the first line of a CSV has to name the columns, {','.join(COLUMNS)}; "
+            'NDJSON has {"code": …} in each'
+        )
 
 
 def expiry(text: str) -> int:
@@ -111,51 +93,93 @@ def expiry(text: str) -> int:
     raise ValueError(EXPIRY_RULE)
 
 
-def _header(path: Path, raw: bytes) -> list[str]:
+def _header(name: str, raw: bytes) -> list[str]:
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode()
     except UnicodeDecodeError:
-        raise UnusableFile(f"{path} is not text in UTF-8") from None
-    columns = [name.strip().lower() for name in _fields(text) or []]
+        raise UnusableFile(f"{name} is not text in UTF-8") from None
+    try:
+        columns = [column.strip().lower() for column in _split(text.rstrip("\r"))]
+    except ValueError:
+        columns = []
     if sorted(set(columns)) != sorted(columns) or not set(columns) <= set(COLUMNS) or "code" not in columns:
         # Not quoted: a file without a header has a code there.
         raise UnusableFile(
-            f"the first line of {path} has to name its columns, separated by commas: code, and as you like "
+            f"the first line of {name} has to name its columns, separated by commas: code, and as you like "
             "serial_number and expires_at"
         )
     return columns
 
 
-def _row(line: int, raw: bytes, columns: list[str]) -> Row:
-    if len(raw.rstrip(b"\r\n")) > LINE_BYTES_MAX:
-        return _unreadable(line, f"longer than {LINE_BYTES_MAX} bytes")
+def _rows(lines: Iterable[tuple[int, bytes]], fields: Callable[[str], Fields]) -> Iterator[Row]:
+    """A row a line, by what ``fields`` finds in it: code, serial number, expiry; it raises ValueError with a reason."""
+    expiries: dict[str, int] = {}
+    for number, raw in lines:
+        try:
+            text = _text(raw)
+            if not text or text.isspace():
+                continue
+            code, serial, expires_at = fields(text)
+            until = None
+            if expires_at:
+                until = expiries.get(expires_at)
+                if until is None:
+                    if len(expiries) >= EXPIRIES_MAX:
+                        expiries.clear()
+                    until = expiries[expires_at] = expiry(expires_at)
+            row = Row(number, code, serial or None, until)
+        except ValueError as unreadable:
+            row = Row(number, "", None, None, str(unreadable))
+        yield row
+
+
+def _text(raw: bytes) -> str:
+    if len(raw) > LINE_BYTES_MAX and len(raw.rstrip(b"\r")) > LINE_BYTES_MAX:
+        raise ValueError(f"longer than {LINE_BYTES_MAX} bytes")
     try:
-        text = raw.decode()
+        return raw.decode().rstrip("\r")
     except UnicodeDecodeError:
-        return _unreadable(line, "not text in UTF-8")
-    fields = _fields(text)
-    if fields is None:
-        return _unreadable(line, "a quote is opened and not closed, or stands inside a field")
-    if len(fields) != len(columns):
-        return _unreadable(line, f"{len(fields)} fields, where the header names {len(columns)}")
-    values = dict(zip(columns, (field.strip(" \t") for field in fields), strict=True))
-    serial, expires_at = values.get("serial_number"), values.get("expires_at")
-    try:
-        return Row(line, values["code"], serial or None, expiry(expires_at) if expires_at else None)
-    except ValueError:
-        return _unreadable(line, EXPIRY_RULE)
+        raise ValueError("not text in UTF-8") from None
 
 
-def _fields(text: str) -> list[str] | None:
-    """The fields of one line, None if its quotes don't fit."""
-    text = text.rstrip("\r\n")
+def _csv_fields(columns: list[str]) -> Callable[[str], Fields]:
+    code, serial, expires_at = (columns.index(name) if name in columns else len(columns) for name in COLUMNS)
+
+    def fields(text: str) -> Fields:
+        found = _split(text)
+        if len(found) != len(columns):
+            raise ValueError(f"{len(found)} fields, where the header names {len(columns)}")
+        found.append("")  # what stands in a column that is not there
+        return found[code].strip(" \t"), found[serial].strip(" \t"), found[expires_at].strip(" \t")
+
+    return fields
+
+
+def _split(text: str) -> list[str]:
     if '"' not in text:
         return text.split(",")
     try:
         return next(csv.reader([text], strict=True))
     except (csv.Error, StopIteration):
-        return None
+        raise ValueError("a quote is opened and not closed, or stands inside a field") from None
 
 
-def _unreadable(line: int, reason: str) -> Row:
-    return Row(line, "", None, None, unreadable=reason)
+class _Object(msgspec.Struct, forbid_unknown_fields=True):
+    code: str
+    serial_number: str | None = None
+    expires_at: str | None = None
+
+
+_decode: Final = msgspec.json.Decoder(_Object).decode
+
+
+def _json_fields(text: str) -> Fields:
+    try:
+        found = _decode(text)
+    except msgspec.ValidationError:  # not repeated: it may quote the line
+        raise ValueError(
+            "no object of code and, as you like, serial_number and expires_at, all of them texts"
+        ) from None
+    except msgspec.DecodeError:
+        raise ValueError("no JSON") from None
+    return found.code, found.serial_number, found.expires_at

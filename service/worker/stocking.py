@@ -16,14 +16,15 @@ import msgspec
 from sqlalchemy import select
 
 from service import keys
-from service.errors import RedisUnreachable
+from service.errors import Conflict, RedisUnreachable
 from service.scripts import Scripts
 from service.store import control, schema, stock
 from service.store.database import Database
+from service.store.intake import KINDS, Earlier, Kind
 from service.store.stock import CHUNK_ROWS_MAX, Refused, Row
 from service.worker.currency import refuse_older
 
-# Refused lines that a report keeps, so that a file of nothing but bad lines fits in memory; ``on_refused`` gets all.
+# Refused lines that a report keeps, so that a file of nothing but bad lines fits in memory; the listener gets all.
 REFUSED_KEPT: Final = 1_000
 
 # Seconds between two looks whether the store is still the one that Redis knows, as often as the worker looks.
@@ -43,29 +44,81 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class ImportReport(msgspec.Struct, frozen=True):
-    """What an import did.  ``lines``, ``inserted``, ``refused`` and ``reasons`` (the first REFUSED_KEPT) are of this
-    run; ``resumed_after`` is the line up to which an earlier run had come, ``inserted_before`` the codes it put in.
+    """What an import did.  ``lines``, ``inserted``, ``refused``, ``kinds`` (how many lines of each) and ``reasons``
+    (the first REFUSED_KEPT) are of this run; ``resumed_after`` is the line up to which an earlier run had come,
+    ``inserted_before`` the codes that other runs put in.
 
-    ``known``: the import was finished before; nothing was done.  ``unreached``: partitions that may still take the
-    pool for exhausted (empty: none); ``work`` goes on trying those.
+    ``known``: the import was finished before; nothing was done.  ``dry_run``: nothing was written, the rest says what
+    would have been.  ``unreached``: partitions that may still take the pool for exhausted (empty: none); ``work`` goes
+    on trying those.
     """
 
     import_id: str
     pool: str
     known: bool
+    dry_run: bool
     resumed_after: int
     lines: int
     inserted: int
     inserted_before: int
     refused: int
+    kinds: dict[Kind, int]
     reasons: list[Refused]
     unreached: list[str]
 
 
-def _nobody_looks(progress: Progress) -> None: ...
+class Listener:
+    """Who is told how an import goes, after each transaction.  This one does nothing with it."""
+
+    def begun(self, resumed_after: int) -> None:
+        """Lines after this one are about to be looked at; told once, and not if the import is known."""
+
+    def refused(self, lines: Sequence[Refused]) -> None:
+        """These lines were refused; all of them are told, in their order."""
+
+    def progress(self, so_far: Progress) -> None:
+        """So much was done."""
 
 
-def _nobody_asks(refused: Sequence[Refused]) -> None: ...
+class Tally:
+    """Sums up what was done, transaction by transaction, and tells the listener."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.lines = 0
+        self.inserted = 0
+        self.kinds: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self.reasons: list[Refused] = []
+        self.listener = listener
+
+    @property
+    def refused(self) -> int:
+        return sum(self.kinds.values())
+
+    def add(self, lines: int, inserted: int, refused: Sequence[Refused]) -> None:
+        self.lines += lines
+        self.inserted += inserted
+        for one in refused:
+            self.kinds[one.kind] += 1
+        self.reasons += refused[: REFUSED_KEPT - len(self.reasons)]
+        if refused:
+            self.listener.refused(refused)
+        self.listener.progress(Progress(self.lines, self.inserted, self.refused))
+
+    def report(
+        self,
+        import_id: str,
+        pool: str,
+        *,
+        known: bool = False,
+        dry_run: bool = False,
+        resumed_after: int = 0,
+        inserted_before: int = 0,
+        unreached: Sequence[str] = (),
+    ) -> ImportReport:
+        return ImportReport(
+            import_id, pool, known, dry_run, resumed_after, self.lines, self.inserted, inserted_before, self.refused,
+            self.kinds, self.reasons, list(unreached),
+        )  # fmt: skip
 
 
 async def import_codes(
@@ -75,56 +128,71 @@ async def import_codes(
     rows: Iterable[Row],
     *,
     import_id: str,
-    progress: Callable[[Progress], None] = _nobody_looks,
-    on_refused: Callable[[Sequence[Refused]], None] = _nobody_asks,
+    listener: Listener | None = None,
     actor: str = "voucherd",
     now: Callable[[], int] = lambda: int(time.time()),
 ) -> ImportReport:
     """The good ones of ``rows`` are in stock, and nothing takes the pool for exhausted any more.
 
     ``rows`` are the same at every call with the same ``import_id``, their lines rising; at most CHUNK_ROWS_MAX are
-    held at a time.  ``progress`` and ``on_refused`` are told after each transaction.
+    held at a time.  Two calls for the same import at the same time share the work.
 
     Raises NotFound for an unknown pool, Conflict if the import belongs to another pool, StoreIsOlder, and
     RedisUnreachable before anything is written if the store can't be checked against Redis.  After a fault in
     between the same call goes on where this one came to.
     """
+    tally = Tally(listener or Listener())
     await _refuse(database, scripts)
     checked_at = time.monotonic()
-    if await _is_known(database, import_id, pool):
-        unreached = await _raise_stock(database, scripts, pool)
-        return ImportReport(import_id, pool, True, 0, 0, 0, 0, 0, [], unreached)
+    if await is_known(database, import_id, pool):
+        return tally.report(import_id, pool, known=True, unreached=await _raise_stock(database, scripts, pool))
     iterator = iter(rows)
     chunk = list(islice(iterator, CHUNK_ROWS_MAX))  # first: what can't be read at all must not begin an import
-    async with database.write() as conn:
-        resumed_after = await stock.begin_import(conn, import_id, pool, now())
-    lines = inserted = refused = 0
-    reasons: list[Refused] = []
+    try:
+        async with database.write() as conn:
+            resumed_after = await stock.begin_import(conn, import_id, pool, now())
+    except Conflict:
+        if not await is_known(database, import_id, pool):
+            raise
+        # Another run of the same import has finished it just now.
+        return tally.report(import_id, pool, known=True, unreached=await _raise_stock(database, scripts, pool))
+    tally.listener.begun(resumed_after)
+    done_to, earlier, look = resumed_after, Earlier(whole=not resumed_after), False
     while chunk:
-        if chunk[-1].line > resumed_after:
+        if chunk[-1].line > done_to:
             if time.monotonic() - checked_at > CURRENCY_S:
                 await _refuse(database, scripts)
                 checked_at = time.monotonic()
             async with database.write() as conn:
-                done = await stock.import_rows(conn, import_id, pool, chunk, now())
+                done = await stock.import_rows(conn, import_id, pool, chunk, now(), earlier, look=look)
             if done.inserted:
                 # Now and not at the end: P4 holds for whoever asks in between as well.
                 await _tell(scripts, pool, done.stock_version)
-            lines += sum(row.line > resumed_after for row in chunk)
-            inserted += done.inserted
-            refused += len(done.refused)
-            reasons += done.refused[: REFUSED_KEPT - len(reasons)]
-            on_refused(done.refused)
-            progress(Progress(lines, inserted, refused))
+            earlier.add(done.placed)
+            if done.lines < sum(row.line > done_to for row in chunk):
+                earlier.whole = False  # another run of the same import did a part just now
+            done_to = done.lines_done
+            look = any(one.kind != "invalid" for one in done.refused)  # where there are some, there are more
+            tally.add(done.lines, done.inserted, done.refused)
         chunk = list(islice(iterator, CHUNK_ROWS_MAX))
     unreached = await _raise_stock(database, scripts, pool)  # before it is finished: a run that dies here is repeated
     async with database.write() as conn:
         total = await stock.finish_import(conn, import_id, now())
         detail = f"import {import_id}: {total.inserted} codes, {total.refused} lines refused"
         await control.log(conn, actor=actor, action="codes import", subject=pool, detail=detail, now=now())
-    return ImportReport(
-        import_id, pool, False, resumed_after, lines, inserted, total.inserted - inserted, refused, reasons, unreached
+    return tally.report(
+        import_id, pool, resumed_after=resumed_after, inserted_before=total.inserted - tally.inserted,
+        unreached=unreached,
+    )  # fmt: skip
+
+
+async def is_known(database: Database, import_id: str, pool: str) -> bool:
+    """Whether this import into this pool is finished."""
+    known = select(schema.imports.c.id).where(
+        schema.imports.c.id == import_id, schema.imports.c.pool == pool, schema.imports.c.finished_at.is_not(None)
     )
+    async with database.read() as conn:
+        return (await conn.execute(known)).first() is not None
 
 
 async def _refuse(database: Database, scripts: Scripts) -> None:
@@ -134,14 +202,6 @@ async def _refuse(database: Database, scripts: Scripts) -> None:
         raise RedisUnreachable(
             "Redis did not answer, so it can't be told whether the store is up to date: nothing more is imported"
         ) from fault
-
-
-async def _is_known(database: Database, import_id: str, pool: str) -> bool:
-    known = select(schema.imports.c.id).where(
-        schema.imports.c.id == import_id, schema.imports.c.pool == pool, schema.imports.c.finished_at.is_not(None)
-    )
-    async with database.read() as conn:
-        return (await conn.execute(known)).first() is not None
 
 
 async def _raise_stock(database: Database, scripts: Scripts, pool: str) -> list[str]:

@@ -235,31 +235,6 @@ def test_token_is_shown_once_and_kept_as_its_digest(store: OnStage) -> None:
     assert "vch_" not in repr(log)
 
 
-def test_import_reports_and_is_recognised(store: OnStage, tmp_path: Path) -> None:
-    ok("pool", "create", "P")
-    file, rejects = tmp_path / "codes.csv", tmp_path / "rejects.csv"
-    file.write_text(
-        "code,expires_at\nSECRET-1,2030-01-01\nSECRET-2,\nSECRET-3,someday\n" + "SECRET 4,2030-01-01\n" * 30
-    )
-    result = ok("codes", "import", "P", str(file), "--rejects", str(rejects))
-    assert "no expiry" in result.stdout
-    assert "12 more lines" in result.stdout
-    assert "SECRET" not in result.output
-    lines = rejects.read_text().splitlines()
-    assert lines[0] == "line,reason"
-    assert len(lines) == 33
-    assert "imported into pool P before" in ok("codes", "import", "P", str(file)).stdout
-    again = run("codes", "import", "P", str(file), "--id", "again", "--json")
-    assert again.exit_code == 1  # nothing of it could be imported
-    assert orjson.loads(again.stdout)["refused"] == 33
-    file.write_text("no header\n")
-    refused("codes", "import", "P", str(file), says="has to name its columns")
-    refused("codes", "import", "NONE", str(rejects), says="has to name its columns")
-    refused("codes", "import", "P", str(tmp_path / "missing.csv"), says="there is no file")
-    file.write_text("code\nA\n")
-    refused("codes", "import", "NONE", str(file), says="there is no pool NONE")
-
-
 def test_audit_says_what_is_off(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance, "LOOKS_MAX", 3)
     _stocked(tmp_path)

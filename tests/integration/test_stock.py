@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import event, func, insert, select, update
 
 from service.domain import Code
 from service.errors import Conflict, Fault, GenerationClosed, NotFound
-from service.store import control, schema, stock
+from service.store import control, intake, schema, stock
 from service.store.database import Database
 from service.store.stock import ImportedChunk, ImportState, Lease, Refused, Row
 
@@ -132,15 +132,15 @@ async def test_each_bad_line_costs_that_line_and_no_other(furnished: Database) -
         (5, "the code needs 1 to 128 printable ASCII characters without space"),
         (6, "the code needs 1 to 128 printable ASCII characters without space"),
         (7, "the code needs 1 to 128 printable ASCII characters without space"),
-        (8, "the code stands in an earlier line"),
+        (8, "the code stands in line 1 already"),
         (9, "the code is in this pool already"),
         (10, "the code is in pool Q already"),
-        (11, "the serial is used in this pool already"),
-        (12, "the serial needs 1 to 64 printable ASCII characters without space"),
-        (13, "the serial needs 1 to 64 printable ASCII characters without space"),
+        (11, "the serial number is in this pool already"),
+        (12, "the serial number needs 1 to 64 printable ASCII characters without space"),
+        (13, "the serial number needs 1 to 64 printable ASCII characters without space"),
         (14, "expired already"),
         (15, "the expiry lies after the year 9999"),
-        (17, "the serial stands in an earlier line"),
+        (17, "the serial number stands in line 16 already"),
     ]
     async with furnished.read() as connection:
         state = (await connection.execute(select(schema.imports).where(schema.imports.c.id == "mixed"))).one()
@@ -149,7 +149,7 @@ async def test_each_bad_line_costs_that_line_and_no_other(furnished: Database) -
 
 async def test_code_without_any_expiry_is_refused(furnished: Database) -> None:
     chunk = await fill(furnished, "i", "Q", [Row(1, "A", None, None), Row(2, "B", None, SOON)])
-    assert chunk.refused == [Refused(1, "no expiry: neither the line nor the pool has one")]
+    assert chunk.refused == [Refused(1, "invalid", "no expiry: neither the line nor the pool has one")]
     assert chunk.inserted == 1
 
 
@@ -191,6 +191,24 @@ async def test_import_that_was_not_begun_or_is_another_pools_adds_nothing(furnis
             await stock.import_rows(connection, "i", "P", rows(map(str, range(5001))), NOW)
 
 
+async def test_lots_of_thousands_of_expiries_are_made_and_grown_at_once(furnished: Database) -> None:
+    """An expiry to the second in each line: statements for each of them would hold the pool's lock for seconds."""
+    statements: list[str] = []
+    event.listen(
+        furnished._engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+    lines = [Row(line, f"CODE-{line}", None, SOON + line % 4_000) for line in range(1, 5_001)]
+    assert (await fill(furnished, "i", "P", lines)).inserted == 5_000
+    more = [Row(line, f"MORE-{line}", None, SOON + line * 2) for line in range(1, 3_001)]
+    assert (await fill(furnished, "j", "P", more)).inserted == 3_000
+    assert len(statements) < 100
+    async with furnished.read() as connection:
+        found = await connection.execute(select(schema.lots.c.expires_at, schema.lots.c.imported))
+    assert {row.expires_at: row.imported for row in found} == Counter(
+        row.expires_at for row in [*lines, *more] if row.expires_at is not None
+    )
+
+
 async def test_stock_version_does_not_rise_without_new_stock(furnished: Database) -> None:
     assert (await fill(furnished, "i", "P", rows(["A"]))).stock_version == 1
     assert (await fill(furnished, "j", "P", rows(["A"]))).stock_version == 1
@@ -204,19 +222,19 @@ async def test_no_two_codes_of_a_pool_share_a_serial(furnished: Database) -> Non
     lease = await take(furnished, "l1")
     lot = (await codes_of(furnished, lease))[0].lot
     # Serial numbers that look like those that the next codes would be given, in the stock and in the same rows.
-    await fill(furnished, "b", "P", [Row(1, "B", stock._serial(lot, 2), None)])
-    crafty = [stock._serial(lot, 4), None, f"{stock._serial(lot, 4)}-2"]
+    await fill(furnished, "b", "P", [Row(1, "B", intake._serial(lot, 2), None)])
+    crafty = [intake._serial(lot, 4), None, f"{intake._serial(lot, 4)}-2"]
     lines = [
         Row(line, code, serial, None) for line, code, serial in zip((1, 2, 3, 4), "CDEF", [None, *crafty], strict=True)
     ]
     await fill(furnished, "c", "P", lines)
-    await fill(furnished, "d", "P", [Row(1, "G", stock._serial(lot, 0), None)])
+    await fill(furnished, "d", "P", [Row(1, "G", intake._serial(lot, 0), None)])
     async with furnished.read() as connection:
         found = (await connection.execute(select(schema.codes.c.code, schema.codes.c.serial))).all()
     serials = {row.code: row.serial for row in found}
     assert set(serials) == {"A", "B", "C", "D", "E", "F"}  # G's serial was A's
     assert len(set(serials.values())) == 6
-    assert serials["B"] == stock._serial(lot, 2)
+    assert serials["B"] == intake._serial(lot, 2)
     assert all(len(serial) <= 64 for serial in serials.values())
 
 
@@ -249,7 +267,7 @@ async def test_chunk_whose_codes_another_pool_has_not_committed_yet_waits_and_lo
         assert not racing.done()
     chunk = await racing
     assert chunk.inserted == 1
-    assert chunk.refused == [Refused(1, "the code is in pool P already")]
+    assert chunk.refused == [Refused(1, "duplicate_elsewhere", "the code is in pool P already")]
     await assert_balanced(database)
     await database.close()
 
@@ -291,7 +309,7 @@ async def test_codes_that_expire_first_are_not_left_behind(furnished: Database) 
     assert first is not None
     assert first.codes == 2
     found = (await codes_of(furnished, first))[1]
-    assert found == Code(SOON, first.lot, 1, "S2", stock._serial(first.lot, 1))
+    assert found == Code(SOON, first.lot, 1, "S2", intake._serial(first.lot, 1))
     async with furnished.read() as connection:
         assert await stock.left(connection, NOW) == {"P": 0, "Q": 0}
 

@@ -16,8 +16,9 @@ from service.store import books, schema
 from service.store.database import Database
 from service.store.stock import Refused
 from service.worker import stocking
-from service.worker.codes_file import CodesFile, UnusableFile, expiry
-from service.worker.stocking import ImportReport, import_codes
+from service.worker.codes_file import CodesFile, expiry
+from service.worker.content import UnusableFile
+from service.worker.stocking import ImportReport, Listener, Progress, import_codes
 from tests.integration.stage import Stage, staged
 from tests.servers import free_port
 
@@ -93,7 +94,7 @@ BAD = [
     (b"nul\x00,S-5,2030-01-01", "nul", "printable ASCII"),
     (b",S-6,2030-01-01", "", "printable ASCII"),
     (b"SECRET-7" * 20 + b",S-7,2030-01-01", "SECRET-7", "1 to 128"),
-    (b"SECRET-8,two words,2030-01-01", "SECRET-8", "serial"),
+    (b"SECRET-8,two words,2030-01-01", "SECRET-8", "serial number"),
     (b"SECRET-9," + b"s" * 65 + b",2030-01-01", "SECRET-9", "serial"),
     (b"SECRET-10,S-10,tomorrow", "SECRET-10", "expires_at"),
     (b"SECRET-11,S-11,2030-02-30", "SECRET-11", "expires_at"),
@@ -104,10 +105,10 @@ BAD = [
     (b"SECRET-16,S-16,2030-01-01,more", "SECRET-16", "4 fields"),
     (b'"SECRET-17,S-17,2030-01-01', "SECRET-17", "quote"),
     (b'"SECRET"-18,S-18,2030-01-01', "SECRET", "quote"),
-    (b"GOOD-1,S-19,2030-01-01", "GOOD-1", "earlier line"),
-    (b"SECRET-20,S-GOOD-1,2030-01-01", "SECRET-20", "earlier line"),
+    (b"GOOD-1,S-19,2030-01-01", "GOOD-1", "line 2 already"),
+    (b"SECRET-20,S-GOOD-1,2030-01-01", "SECRET-20", "line 2 already"),
     (b"STORED-1,S-21,2030-01-01", "STORED-1", "this pool already"),
-    (b"SECRET-22,S-STORED,2030-01-01", "SECRET-22", "used in this pool"),
+    (b"SECRET-22,S-STORED,2030-01-01", "SECRET-22", "serial number is in this pool"),
     (b"OTHER-1,S-23,2030-01-01", "OTHER-1", "pool OTHER already"),
     (b"x" * 5_000, "xxxx", "longer than"),
 ]
@@ -122,13 +123,12 @@ async def test_bad_line_costs_that_line_and_its_code_is_not_told(stage: Stage, t
     content += b"".join(line + b"\nGOOD-%d,,\n" % (number + 2) for number, (line, _, _) in enumerate(BAD))
     told: list[Refused] = []
 
-    def on_refused(refused: Sequence[Refused]) -> None:
-        told.extend(refused)
+    class Heard(Listener):
+        def refused(self, lines: Sequence[Refused]) -> None:
+            told.extend(lines)
 
     file = _file(tmp_path / "codes.csv", content)
-    report = await import_codes(
-        stage.database, stage.scripts, POOL, file.rows(), import_id=file.id, on_refused=on_refused
-    )
+    report = await import_codes(stage.database, stage.scripts, POOL, file.rows(), import_id=file.id, listener=Heard())
     assert (report.lines, report.inserted, report.refused) == (2 * len(BAD) + 1, len(BAD) + 1, len(BAD))
     assert told == report.reasons
     for (line, code, reason), refused in zip(BAD, report.reasons, strict=True):
@@ -212,15 +212,18 @@ async def test_interrupted_import_goes_on(stage: Stage, tmp_path: Path, monkeypa
     told: list[int] = []
     runs = 0
 
-    def dies(refused: Sequence[Refused]) -> None:
-        told.extend(one.line for one in refused)
-        raise KeyboardInterrupt
+    class Dies(Listener):
+        def refused(self, lines: Sequence[Refused]) -> None:
+            told.extend(one.line for one in lines)
+
+        def progress(self, so_far: Progress) -> None:
+            raise KeyboardInterrupt
 
     while True:
         runs += 1
         try:
             report = await import_codes(
-                stage.database, stage.scripts, POOL, file.rows(), import_id=file.id, on_refused=dies
+                stage.database, stage.scripts, POOL, file.rows(), import_id=file.id, listener=Dies()
             )
             break
         except KeyboardInterrupt:
@@ -254,7 +257,7 @@ async def test_commit_in_doubt_is_not_repeated(stage: Stage, tmp_path: Path, mon
 
 async def test_changed_file_is_noticed(stage: Stage, tmp_path: Path) -> None:
     file = _file(tmp_path / "codes.csv", "code\nA-1\n")
-    with file.path.open("a") as more:
+    with (tmp_path / "codes.csv").open("a") as more:
         more.write("A-2\n")
     with pytest.raises(UnusableFile, match="changed"):
         await _import(stage, file)
@@ -267,6 +270,11 @@ async def test_many_lines_are_not_held_in_memory(migrated_sqlite_url: str, valke
         for number in range(50_000):
             file.write(f"CODE-{number:08},SERIAL-{number:08},2030-01-31T12:00:00Z\n")
     codes, seen = CodesFile(path), list[int]()
+
+    class Heard(Listener):
+        def progress(self, so_far: Progress) -> None:
+            seen.append(so_far.lines)
+
     database = Database.connect(migrated_sqlite_url)
     try:
         async with staged(database, valkey_url) as stage:
@@ -275,7 +283,7 @@ async def test_many_lines_are_not_held_in_memory(migrated_sqlite_url: str, valke
             try:
                 report = await import_codes(
                     database, stage.scripts, POOL, codes.rows(), import_id=codes.id,
-                    progress=lambda so_far: seen.append(so_far.lines),
+                    listener=Heard(),
                 )  # fmt: skip
                 _, peak = tracemalloc.get_traced_memory()
             finally:
