@@ -91,7 +91,8 @@ def export(
 
     A period is complete when it is over and the outbox is past it. With --until this is checked first, and a period
     that is not complete is refused (exit status 1) unless --incomplete is given. Without --until the ledger is
-    written as it is now. FILE is written as FILE.part and renamed at the end: it is whole or not there.
+    written as it is now. FILE is whole or not there: it is written beside it, as
+    FILE.(something).part, and renamed at the end.
     """
     zone = options.zone_of(time_zone)
     wanted = Wanted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,7 +138,7 @@ def _rows(rows: Sequence[Sequence[str]]) -> bytes:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that is at ``path``, durably, if the body ends well; if not, what was there before still is.
 
-    Written as ``<path>.part`` beside it, so a process that was killed leaves only that.  Raises OSError.
+    Written as ``<path>.….part`` beside it, so a process that was killed leaves only that.  Raises OSError.
     """
     part = part_of(path)
     try:
@@ -153,7 +154,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def part_of(path: Path) -> Path:
     """Where a file is written until it is whole."""
-    return path.with_name(path.name + ".part")
+    return path.with_name(f"{path.name}.{_OURS}.part")
+
+
+_OURS: Final = secrets.token_hex(4)  # two that write the same file at the same time must not share a part
 
 
 def sync_folder(folder: Path) -> None:

@@ -127,7 +127,6 @@ class _Growing:
         self.path = path
         self.vouchers = self.bytes = 0
         self.digest = hashlib.sha256()
-        part_of(path).unlink(missing_ok=True)  # of a process that was killed
         self.add(head(file_format), 0)
 
     def add(self, content: bytes, vouchers: int) -> None:

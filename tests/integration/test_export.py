@@ -19,7 +19,7 @@ from sqlalchemy import update
 
 from service.store import schema
 from service.store.ledger import Found
-from service.worker.export import FIELDS, lines
+from service.worker.export import FIELDS, lines, part_of, whole_file
 from tests.integration.stage import Stage
 from tests.integration.test_commands import _stocked, _three_issued, ok, refused, run, store
 
@@ -115,10 +115,23 @@ def test_file_that_could_not_be_finished_is_not_there(store: OnStage, tmp_path: 
     assert not list(tmp_path.glob("*.part"))
     refused("ledger", "export", "--output", str(tmp_path / "none" / "ledger.csv"), says="No such file or directory")
     if Path("/dev/full").exists():
-        full = tmp_path / "full.csv.part"
-        full.symlink_to("/dev/full")
+        part_of(tmp_path / "full.csv").symlink_to("/dev/full")
         refused("ledger", "export", "--output", str(tmp_path / "full.csv"), says="No space left on device")
         assert not (tmp_path / "full.csv").exists()
+
+
+def test_interrupted_export_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "ledger.csv"
+    target.write_text("before\n")
+
+    def interrupted() -> None:
+        with whole_file(target) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"ledger.csv": "before\n"}
 
 
 def test_closed_pipe_ends_in_silence(store: OnStage, tmp_path: Path) -> None:
