@@ -6,7 +6,7 @@ may still be used; so nothing here needs to expire, and nothing decided from it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Final, Literal
@@ -190,6 +190,18 @@ class Catalogue:
     def active(self, distributor: str) -> bool:
         """Whether the distributor exists and is not suspended at this version."""
         return self._distributors.get(distributor, False)
+
+    def known(self, distributor: str) -> bool:
+        """Whether there is such a distributor at this version, suspended or not."""
+        return distributor in self._distributors
+
+    def has_token(self, distributor: str) -> bool:
+        """Whether some token of the distributor is valid at this version."""
+        return distributor in self._tokens.values()
+
+    def serving(self, product: str) -> Sequence[Campaign]:
+        """The campaigns for ``product``, whoever they are assigned to, in the order in which they are tried."""
+        return self._by_product.get(product, ())
 
     def pools(self) -> list[str]:
         """Pools that some campaign issues from."""

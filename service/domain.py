@@ -20,6 +20,8 @@ No field may hold a control character; what comes from outside is validated befo
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final, Literal
 
 import msgspec
@@ -28,6 +30,12 @@ LAYOUT: Final = "1"
 RECORD_SEPARATOR: Final = "\x1e"  # between records (and between set-aside codes) in one outbox entry
 
 Api = Literal["v1", "v3"]
+
+
+@lru_cache(maxsize=10_000)  # a busy second is written thousands of times, in answers and in exports
+def instant(second: int) -> str:
+    """A Unix second as every API and every file writes it: RFC 3339, UTC."""
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Code(msgspec.Struct, frozen=True):

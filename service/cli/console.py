@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
 import orjson
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from service.domain import instant as instant  # how every command prints a time
 
 # Nothing that is printed is markup, an emoji or a number to be coloured: it comes from files and from clients.
 _PLAIN: Final = {"markup": False, "emoji": False, "highlight": False}
@@ -91,6 +94,16 @@ def print_json(value: object, *, indent: bool = True) -> None:
     sys.stdout.flush()
 
 
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int], None]]:
+    """Shows on standard error, if that is a terminal, how many there are so far and how long it took."""
+    console = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
+    columns = (TextColumn("{task.completed:,} {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done: shown.update(task, completed=done)
+
+
 def shown(value: object) -> str:
     """How a value looks in a table: numbers with separators, nothing as a dash."""
     if value is None or value == "":
@@ -98,11 +111,6 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def instant(at: int) -> str:
-    """A Unix second as the API writes it."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def screen() -> Console:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, BinaryIO, Final
 
 import typer
 
 from service.cli import options
-from service.cli.connections import connected
-from service.cli.console import complain, instant, print_facts, print_json, print_table
+from service.cli.connections import Connected, connected
+from service.cli.console import complain, instant, print_facts, print_json, print_table, progress_bar, say
+from service.errors import RedisUnreachable
 from service.store import ledger
-from service.store.ledger import Found
+from service.store.ledger import Found, Wanted
+from service.worker import export as exporting
+from service.worker import settlement
+from service.worker.export import Format, PeriodIncomplete, fields, whole_file
+from service.worker.settlement import Day, Manifest
+
+# An export reads the whole ledger, and waits for whoever reads the pipe.
+STATEMENT_S: Final = 3_600.0
+
+TimeZone = Annotated[str, typer.Option("--time-zone", metavar="ZONE", help="Whose days are meant.")]
+FileFormat = Annotated[Format, typer.Option("--format", help="CSV is safe to open in a spreadsheet, NDJSON is exact.")]
+Incomplete = Annotated[
+    bool, typer.Option("--incomplete", help="Go on although vouchers of the period may not be in the ledger yet.")
+]
 
 app = typer.Typer(help="The ledger: what was issued, for good.", no_args_is_help=True)
 
@@ -36,9 +53,9 @@ def find(
 
     found = asyncio.run(run())
     if as_json:
-        print_json([_fields(one) for one in found])
+        print_json([fields(one) for one in found])
     elif len(found) == 1:
-        print_facts(_fields(found[0]))
+        print_facts(fields(found[0]))
     elif found:
         print_table(
             ["issued at", "distributor", "request", "code", "serial number"],
@@ -50,25 +67,108 @@ def find(
         raise typer.Exit(1)
 
 
-def _fields(one: Found) -> dict[str, object]:
-    """Names and forms of the API, and where the voucher came from and went."""
-    expires_at = min(one.expires_at, one.until) if one.until else one.expires_at
-    return {
-        "voucher_code": one.code,
-        "serial_number": one.serial,
-        "expiry_date": instant(expires_at),
-        "issued_at": instant(one.issued_at),
-        "request_id": one.request_id,
-        "distributor_id": one.distributor,
-        "terminal_id": one.terminal,
-        "campaign_id": one.campaign,
-        "category_id": one.category,
-        "product_id": one.product,
-        "api": one.api,
-        "pool": one.pool,
-        "lot": one.lot,
-        "seq": one.seq,
-        "outbox": f"{one.partition}/{one.generation}/{one.outbox_seq}.{one.ordinal}",
-        "flushed_at": instant(one.flushed_at),
-        "double": one.double,
-    }
+@app.command("export")
+def export(
+    starts: Annotated[
+        str | None,
+        typer.Option("--from", metavar="T", help="A day (its start in the time zone) or a time.", show_default="all"),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="A day (the whole of it) or a time (exclusive).", show_default="open"),
+    ] = None,
+    time_zone: TimeZone = "UTC",
+    campaign: Annotated[str | None, typer.Option(metavar="ID", help="Of this campaign.", show_default=False)] = None,
+    distributor: Annotated[str | None, typer.Option(metavar="ID", help="Of this one.", show_default=False)] = None,
+    file_format: FileFormat = "csv",
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="Where to; - is standard output.", allow_dash=True)
+    ] = Path("-"),
+    incomplete: Incomplete = False,
+    data_dir: options.DataDir = None,
+) -> None:
+    """Write issued vouchers as CSV or NDJSON, by the time they were issued at.
+
+    A period is complete when it is over and the outbox is past it. With --until this is checked first, and a period
+    that is not complete is refused (exit status 1) unless --incomplete is given. Without --until the ledger is
+    written as it is now. FILE is whole or not there: it is written beside it, as
+    FILE.(something).part, and renamed at the end.
+    """
+    zone = options.zone_of(time_zone)
+    wanted = Wanted(
+        0 if starts is None else options.start_of(starts, zone),
+        0 if until is None else options.end_of(until, zone),
+        campaign,
+        distributor,
+    )
+    if wanted.until and wanted.until <= wanted.since:
+        raise typer.BadParameter("the period ends before it begins: --until has to be later than --from")
+
+    async def run(file: BinaryIO) -> None:
+        async with connected(data_dir, statement_s=STATEMENT_S) as here:
+            if wanted.until and not incomplete:
+                await _refuse_incomplete(here, wanted.until)
+            with progress_bar("vouchers written") as progress:
+                await exporting.export(here.database, wanted, file_format, file, progress=progress)
+
+    if str(output) != "-":
+        with whole_file(output) as file:
+            asyncio.run(run(file))
+        return
+    try:
+        asyncio.run(run(sys.stdout.buffer))
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        raise typer.Exit(1) from None
+
+
+@app.command("settle")
+def settle(
+    day: Annotated[str, typer.Option("--day", metavar="DAY", help="The day to settle: 2026-11-25.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", metavar="DIR", help="Where the files go.", file_okay=False)
+    ],
+    time_zone: TimeZone = "UTC",
+    distributor: Annotated[
+        str | None, typer.Option(metavar="ID", help="Settle this one alone.", show_default="all")
+    ] = None,
+    file_format: FileFormat = "csv",
+    incomplete: Incomplete = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of a manifest that says otherwise.")] = False,
+    as_json: options.AsJson = False,
+    data_dir: options.DataDir = None,
+) -> None:
+    """Write one settlement file per distributor for a day, and a manifest with the count and SHA-256 of each.
+
+    The same day settled again gives the same bytes. A distributor that was given nothing has a file with the head
+    alone, and count 0. A day is complete when it is over and the outbox is past it; one that is not is refused.
+    A partner checks a file with `sha256sum FILE`, and its lines (less one for the head of a CSV) are the count.
+    """
+    zone = options.zone_of(time_zone)
+    meant = Day(day, time_zone, *options.day_of(day, zone))
+
+    async def run() -> tuple[Manifest, Path]:
+        async with connected(data_dir, statement_s=STATEMENT_S) as here:
+            if not incomplete:
+                await _refuse_incomplete(here, meant.until)
+            return await settlement.settle(
+                here.database, meant, output_dir, distributor=distributor, file_format=file_format, force=force
+            )
+
+    manifest, path = asyncio.run(run())
+    if as_json:
+        print_json(manifest)
+        return
+    print_table(
+        ["distributor", "vouchers", "file"],
+        [(one.distributor_id, one.vouchers, one.file) for one in manifest.files],
+        numbers=["vouchers"],
+    )
+    say(f"{manifest.totals.vouchers:,} vouchers in {manifest.totals.files:,} files; manifest: {path}")
+
+
+async def _refuse_incomplete(here: Connected, until: int) -> None:
+    try:
+        await exporting.refuse_incomplete(here.database, here.scripts, until)
+    except (PeriodIncomplete, RedisUnreachable) as fault:
+        raise PeriodIncomplete(f"{str(fault).rstrip('.')}; try again, or say --incomplete to go on anyway") from fault

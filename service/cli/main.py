@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from typer.core import TyperGroup
 
-from service.cli import books, campaigns, codes, distributors, ledger, pools, processes, tokens
+from service.cli import books, campaigns, codes, distributors, explain, ledger, pools, processes, tokens
 from service.cli.console import complain
 from service.cli.status import status
 from service.cli.up import up
@@ -72,6 +72,7 @@ app.add_typer(pools.app, name="pool")
 app.add_typer(campaigns.app, name="campaign")
 app.add_typer(codes.app, name="codes")
 app.add_typer(ledger.app, name="ledger")
+app.command()(explain.explain)
 app.command()(books.audit)
 app.command()(status)
 

@@ -76,6 +76,13 @@ def end_of(text: str, zone: ZoneInfo) -> int:
     return expiry_of(text) if day is None else _midnight(day + timedelta(days=1), zone)
 
 
+def day_of(text: str, zone: ZoneInfo) -> tuple[int, int]:
+    """The first Unix second of a day in ``zone``, and the first one past it."""
+    if _day(text) is None:
+        raise typer.BadParameter(f"{text!r} is no day: write 2026-11-25, say")
+    return start_of(text, zone), end_of(text, zone)
+
+
 def _day(text: str) -> date | None:
     try:
         return date.fromisoformat(text) if len(text) == len("2027-01-31") else None

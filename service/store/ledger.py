@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from sqlalchemy import ColumnElement, Row, Select, Table, and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, FromClause, Row, Select, Table, and_, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
@@ -17,7 +17,8 @@ from service.store.schema import WAY, codes, incidents, issuances, lots, request
 from service.store.stock import digest
 
 __all__ = [
-    "Count", "Entry", "Flushed", "Found", "counts", "find", "flush", "issued_by_pool", "lacking", "lookup",
+    "Count", "Entry", "Flushed", "Found", "Wanted", "counts", "earliest_first", "find", "flush", "issued_by_pool",
+    "lacking", "lookup",
     "newest_first", "park", "raise_incident", "unfit",
 ]  # fmt: skip
 
@@ -48,7 +49,21 @@ class Found(msgspec.Struct, frozen=True):
     code: str
     serial: str
     expires_at: int
-    double: bool
+    double: bool = False
+
+
+# Codes handed on at a time: a megabyte or two, and enough that a statement's own costs don't count.
+PAGE_CODES: Final = 5_000
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Which part of the ledger: issued at ``since`` or later and before ``until`` (Unix seconds, 0: open), by this
+    campaign, to this distributor (None: any)."""
+
+    since: int = 0
+    until: int = 0
+    campaign: str | None = None
+    distributor: str | None = None
 
 
 class Count(msgspec.Struct, frozen=True):
@@ -159,6 +174,64 @@ async def find(
     ][:limit]
 
 
+async def earliest_first(conn: AsyncConnection, wanted: Wanted) -> AsyncIterator[list[Found]]:
+    """All codes that are ``wanted``, in pages, by the second they were issued in and then by their way through the
+    outbox: the same codes come in the same order whenever they are read.
+
+    Reads one result as it goes along, so memory does not grow with the ledger; the caller's transaction is the
+    snapshot.
+    """
+    position = [requests.c[name] for name in ("issued_at", *WAY)]
+    columns = [_FOUND_FROM[name] for name in Found.__struct_fields__ if name != "double"]
+    query: Select[Any] = (
+        select(*columns, requests.c.ordinal.label("first"))
+        .outerjoin_from(requests, issuances, _given_to(requests))
+        .where(requests.c.issued_at >= wanted.since)
+        .order_by(*position, issuances.c.ordinal)
+    )
+    if wanted.until:
+        query = query.where(requests.c.issued_at < wanted.until)
+    if wanted.campaign is not None:
+        query = query.where(requests.c.campaign == wanted.campaign)
+    if wanted.distributor is not None:
+        query = query.where(requests.c.distributor == wanted.distributor)
+    async with conn.stream(query) as rows:
+        request: list[Any] = []  # rows of the request that is being read
+        async for some in rows.partitions(PAGE_CODES):
+            page: list[Found] = []
+            for row in some:
+                if request and (row[:3] != request[0][:3] or row[-1] != request[0][-1]):
+                    page += await _whole(conn, request)
+                    request = []
+                request.append(row)
+            yield page
+        if request:
+            yield await _whole(conn, request)
+
+
+async def _whole(conn: AsyncConnection, rows: Sequence[Any]) -> list[Found]:
+    """The codes of one request, from its rows of ``earliest_first``."""
+    found = [Found(*row[:-1]) for row in rows if row.ordinal is not None]
+    first = rows[0]
+    if len(found) == first.quantity:
+        return found
+    template = Found(*first[:-1])
+    for one in await _doubled(
+        conn, Way(first.partition, first.generation, first.outbox_seq, first.first), first.quantity
+    ):
+        code = msgspec.structs.asdict(one.code)
+        found.append(msgspec.structs.replace(template, ordinal=one.ordinal, double=True, **code))
+    return sorted(found, key=lambda one: one.ordinal)
+
+
+# Where each field of Found comes from; the rest are the request's, under their own names.
+_FOUND_FROM: Final = {
+    **{name: requests.c[name] for name in Found.__struct_fields__ if name in requests.c},
+    "request_id": requests.c.key,
+    **{name: issuances.c[name] for name in ("ordinal", "lot", "seq", "code", "serial", "expires_at")},
+}
+
+
 class _Given(NamedTuple):
     """One code that a request was given, and where it stands in its entry."""
 
@@ -173,17 +246,10 @@ async def _told(
     """The latest ``limit`` of the wanted requests, the latest first, each with its codes as far as they are known."""
     latest = [requests.c[name].desc() for name in ("issued_at", *WAY)]
     page = wanted.order_by(*latest).limit(limit).subquery()
-    # Named by position, so that both databases go through the issuances' primary key.
-    joined = and_(
-        *(issuances.c[name] == page.c[name] for name in WAY[:3]),
-        issuances.c.ordinal >= page.c.ordinal,
-        issuances.c.ordinal < page.c.ordinal + page.c.quantity,
-        issuances.c.request_ordinal == page.c.ordinal,
-    )
     given_columns = [issuances.c[name].label(f"given_{name}") for name in _GIVEN]
     rows = await conn.execute(
         select(page, *given_columns)
-        .outerjoin_from(page, issuances, joined)
+        .outerjoin_from(page, issuances, _given_to(page))
         .order_by(*(page.c[name].desc() for name in ("issued_at", *WAY)), issuances.c.ordinal)
     )
     told: list[tuple[Row[Any], list[_Given]]] = []
@@ -195,7 +261,8 @@ async def _told(
             if row.given_ordinal is not None
         ]
         if len(given) < some[0].quantity:
-            given = sorted([*given, *await _doubled(conn, some[0])], key=lambda one: one.ordinal)
+            doubled = await _doubled(conn, way_of(some[0]), some[0].quantity)
+            given = sorted([*given, *doubled], key=lambda one: one.ordinal)
         told.append((some[0], given))
     return told
 
@@ -203,15 +270,15 @@ async def _told(
 _GIVEN: Final = ("ordinal", "expires_at", "lot", "seq", "code", "serial")  # after the first: a Code, in its order
 
 
-async def _doubled(conn: AsyncConnection, request: Row[Any]) -> list[_Given]:
+async def _doubled(conn: AsyncConnection, way: Way, quantity: int) -> list[_Given]:
     """Codes that the request was given although another had them: it has no issuance, but stock knows the code."""
     rows = await conn.execute(
         select(incidents.c.ordinal, lots.c.expires_at, codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial)
         .join(codes, _same_stock(codes, incidents))
         .join(lots, lots.c.id == codes.c.lot)
         .where(
-            *(incidents.c[name] == request._mapping[name] for name in WAY[:3]),
-            incidents.c.ordinal.between(request.ordinal, request.ordinal + request.quantity - 1),
+            *(incidents.c[name] == value for name, value in zip(WAY[:3], way[:3], strict=True)),
+            incidents.c.ordinal.between(way.ordinal, way.ordinal + quantity - 1),
             incidents.c.kind == DOUBLE_ISSUE,
         )
     )
@@ -251,6 +318,16 @@ def _covers(way: Way) -> ColumnElement[bool]:
         *(requests.c[name] == value for name, value in zip(WAY[:3], way[:3], strict=True)),
         requests.c.ordinal <= way.ordinal,
         requests.c.ordinal + requests.c.quantity > way.ordinal,
+    )
+
+
+def _given_to(wanted: FromClause) -> ColumnElement[bool]:
+    """The codes of the requests.  Named by position, so that both databases go through the issuances' primary key."""
+    return and_(
+        *(issuances.c[name] == wanted.c[name] for name in WAY[:3]),
+        issuances.c.ordinal >= wanted.c.ordinal,
+        issuances.c.ordinal < wanted.c.ordinal + wanted.c.quantity,
+        issuances.c.request_ordinal == wanted.c.ordinal,
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final, Protocol
 
@@ -32,6 +31,7 @@ from service.domain import (
     Suspended,
     Unauthorized,
     Unavailable,
+    instant,
 )
 from service.tokens import well_formed
 from service.web.problems import Answer, method_not_allowed, problem, unavailable
@@ -183,7 +183,7 @@ def _layout_1(lines: list[str]) -> bytes:
         voucher, serial, key = _escaped(voucher), _escaped(serial), _escaped(key)
     return (
         f'{{"status":"success",{campaign},"voucher_code":"{voucher}","serial_number":"{serial}",'
-        f'"expiry_date":"{_instant(expiry)}","request_id":"{key}","issued_at":"{_instant(int(issued_at))}"}}'
+        f'"expiry_date":"{instant(expiry)}","request_id":"{key}","issued_at":"{instant(int(issued_at))}"}}'
     ).encode()
 
 
@@ -194,12 +194,6 @@ def _campaign(rule: str) -> tuple[str, int]:
     return (
         f'"campaign_id":"{_escaped(campaign)}","category_id":"{_escaped(category)}","product_id":"{_escaped(product)}"'
     ), int(until)
-
-
-@lru_cache(maxsize=4_096)
-def _instant(second: int) -> str:
-    """A Unix second as RFC 3339 in UTC."""
-    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _escaped(text: str) -> str:
