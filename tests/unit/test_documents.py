@@ -57,7 +57,7 @@ def test_the_readme_keeps_to_its_length() -> None:
 def test_the_readme_names_no_command_option_or_make_target_that_does_not_exist() -> None:
     text = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make (\w+)`", text):
+    for target in re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     root = get_command(app)
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
