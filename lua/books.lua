@@ -10,8 +10,9 @@
 --   1  generation that the KEYS were made for
 -- Returns {status, open generation, ...}
 --   OK     then seq, codes, restocked, popped, set_aside, taken_back, withdrawn, a sequence that was flushed and that
---          the store lost ('0' if it did not), entries in the outbox, the last sequences flushed ('3,4,1'); then for each pool: codes
---          in its window, last lease id, stock version, stock version at which it was exhausted ('' if not)
+--          the store lost ('0' if it did not), entries in the outbox, the last sequences flushed ('3,4,1'); then for
+--          each pool: codes in its window, last lease id, stock version, stock version at which it was exhausted ('' if
+--          not)
 --   MOVED  another generation is open
 -- Cost: 2 us a pool
 
