@@ -56,6 +56,11 @@ class Campaign(msgspec.Struct, frozen=True, array_like=True):
     caps: tuple[Cap, ...]
     assigned: dict[str, tuple[Cap, ...]]
 
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """What campaigns for one product are sorted by: the lowest is tried first."""
+        return self.priority, self.until or _NEVER, self.id
+
 
 class Pool(msgspec.Struct, frozen=True, array_like=True):
     """``least_life_s``: a code with less life left than this is set aside."""
@@ -174,8 +179,7 @@ class Catalogue:
         self._distributors = distributors
         self._pools = pools
         self._by_product = {
-            product: sorted(campaigns, key=lambda c: (c.priority, c.until or _NEVER, c.id))
-            for product, campaigns in by_product.items()
+            product: sorted(campaigns, key=lambda campaign: campaign.rank) for product, campaigns in by_product.items()
         }
         self._owners: dict[str, str] = {}
         self._routes: dict[tuple[str, tuple[str, ...]], Route] = {}

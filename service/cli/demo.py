@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.cli.embedded import write_private
 from service.scripts import Scripts
-from service.store import control, schema
+from service.store import campaigns, control, schema
 from service.store.database import Database
 from service.store.stock import Row
 from service.tokens import digest, new_token
@@ -77,11 +77,11 @@ async def _create(connection: AsyncConnection, token_sha256: str, now: int) -> N
     await control.create_distributor(connection, DISTRIBUTOR, "Demo distributor", now)
     for demo in DEMOS:
         await control.create_pool(connection, demo.campaign, default_expires_at=expires_at, least_life_s=0, now=now)
-        await control.create_campaign(
+        await campaigns.create(
             connection, demo.campaign, category=demo.category, products=[demo.category], pool=demo.campaign,
             priority=100, starts_at=now, until=0, time_zone="UTC", caps=(), now=now,
         )  # fmt: skip
-        await control.assign(connection, demo.campaign, DISTRIBUTOR, caps=(), now=now)
+        await campaigns.assign(connection, demo.campaign, DISTRIBUTOR, caps=(), now=now)
     await control.add_credential(connection, DISTRIBUTOR, token_sha256, now)
 
 

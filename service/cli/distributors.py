@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from service.cli import options
 from service.cli.connections import connected, put_in_force
-from service.cli.console import say
-from service.store import control
+from service.cli.console import instant, print_json, print_table, say
+from service.store import control, register
+from service.store.register import Distributor
 
 app = typer.Typer(help="Distributors: the partners whose terminals ask for vouchers.", no_args_is_help=True)
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="The distributor: 1 to 64 of A-Z a-z 0-9 . _ -")]
 
 
 @app.command("create")
 def create(
-    id: Annotated[str, typer.Argument(metavar="ID", help="1 to 64 of A-Z a-z 0-9 . _ -")],
+    id: Id,
     name: Annotated[str | None, typer.Option(help="What people call it.", show_default="the id")] = None,
     data_dir: options.DataDir = None,
 ) -> None:
@@ -33,6 +37,64 @@ def create(
                 action="distributor create",
                 subject=id,
                 told=lambda _: say(f"distributor {id} is there; next: `voucherd token issue {id}`"),
+            )
+
+    asyncio.run(run())
+
+
+@app.command("list")
+def list_(as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
+    """List the distributors, how many valid tokens each has and how many campaigns it is assigned to."""
+
+    async def run() -> list[Distributor]:
+        async with connected(data_dir) as here, here.database.read() as conn:
+            return await register.all_distributors(conn)
+
+    found = asyncio.run(run())
+    if as_json:
+        print_json([
+            {
+                "distributor_id": one.id, "name": one.name, "active": one.active, "tokens": one.tokens,
+                "campaigns": one.campaigns, "created_at": instant(one.created_at),
+            }
+            for one in found
+        ])  # fmt: skip
+        return
+    print_table(
+        ["distributor", "name", "state", "tokens", "campaigns", "created"],
+        [
+            (
+                one.id, one.name, "active" if one.active else "suspended", one.tokens, one.campaigns,
+                instant(one.created_at),
+            )
+            for one in found
+        ],
+        numbers=["tokens", "campaigns"],
+        whole=["state", "created"],
+    )  # fmt: skip
+
+
+@app.command("suspend")
+def suspend(id: Id, data_dir: options.DataDir = None) -> None:
+    """Stop a distributor: when this returns, no request of it begun later gets a voucher. Its tokens stay."""
+    _set_active(id, False, data_dir)
+
+
+@app.command("resume")
+def resume(id: Id, data_dir: options.DataDir = None) -> None:
+    """Let a suspended distributor go on, at once."""
+    _set_active(id, True, data_dir)
+
+
+def _set_active(id: str, active: bool, data_dir: Path | None) -> None:
+    async def run() -> None:
+        async with connected(data_dir) as here:
+            await put_in_force(
+                here,
+                lambda conn: control.set_active(conn, id, active),
+                action="distributor resume" if active else "distributor suspend",
+                subject=id,
+                told=lambda _: say(f"distributor {id} {'goes on' if active else 'is suspended'}"),
             )
 
     asyncio.run(run())

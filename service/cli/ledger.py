@@ -17,7 +17,7 @@ from service.errors import RedisUnreachable
 from service.store import ledger
 from service.store.ledger import Found, Wanted
 from service.worker import export as exporting
-from service.worker import settlement
+from service.worker import forms, settlement
 from service.worker.export import Format, PeriodIncomplete, fields, whole_file
 from service.worker.settlement import Day, Manifest
 
@@ -94,10 +94,10 @@ def export(
     written as it is now. FILE is whole or not there: it is written beside it, as
     FILE.(something).part, and renamed at the end.
     """
-    zone = options.zone_of(time_zone)
+    zone = options.typed(forms.zone_of, time_zone)
     wanted = Wanted(
-        0 if starts is None else options.start_of(starts, zone),
-        0 if until is None else options.end_of(until, zone),
+        0 if starts is None else options.typed(forms.start_of, starts, zone),
+        0 if until is None else options.typed(forms.end_of, until, zone),
         campaign,
         distributor,
     )
@@ -144,8 +144,8 @@ def settle(
     alone, and count 0. A day is complete when it is over and the outbox is past it; one that is not is refused.
     A partner checks a file with `sha256sum FILE`, and its lines (less one for the head of a CSV) are the count.
     """
-    zone = options.zone_of(time_zone)
-    meant = Day(day, time_zone, *options.day_of(day, zone))
+    zone = options.typed(forms.zone_of, time_zone)
+    meant = Day(day, time_zone, *options.typed(forms.day_of, day, zone))
 
     async def run() -> tuple[Manifest, Path]:
         async with connected(data_dir, statement_s=STATEMENT_S) as here:

@@ -13,8 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.cli import options
 from service.cli.connections import connected, put_in_force
-from service.cli.console import complain, print_json, say
-from service.store import control
+from service.cli.console import complain, instant, print_json, print_table, say
+from service.store import control, register
+from service.store.register import Token
 from service.tokens import digest, new_token, well_formed
 
 app = typer.Typer(help="Tokens: what lets a distributor in.", no_args_is_help=True)
@@ -75,6 +76,48 @@ def revoke(
             )
 
     asyncio.run(run())
+
+
+@app.command("list")
+def list_(
+    distributor: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only those of this distributor.", show_default=False)
+    ] = None,
+    as_json: options.AsJson = False,
+    data_dir: options.DataDir = None,
+) -> None:
+    """List what is known of tokens, revoked ones too. A token itself is nowhere: it was shown when it was made.
+
+    `printf %s TOKEN | sha256sum` says which of these a token is.
+    """
+
+    async def run() -> list[Token]:
+        async with connected(data_dir) as here, here.database.read() as conn:
+            return await register.tokens(conn, distributor)
+
+    found = asyncio.run(run())
+    if as_json:
+        print_json([
+            {
+                "id": one.id, "distributor_id": one.distributor, "sha256_begins": one.sha256,
+                "created_at": instant(one.created_at),
+                "revoked_at": None if one.revoked_at is None else instant(one.revoked_at),
+            }
+            for one in found
+        ])  # fmt: skip
+        return
+    print_table(
+        ["id", "distributor", "sha256", "made", "revoked"],
+        [
+            (
+                str(one.id), one.distributor, one.sha256, instant(one.created_at),
+                None if one.revoked_at is None else instant(one.revoked_at),
+            )
+            for one in found
+        ],
+        numbers=["id"],
+        whole=["sha256", "made", "revoked"],
+    )  # fmt: skip
 
 
 def _give(distributor: str, as_json: bool, data_dir: Path | None, *, rotate: bool) -> None:

@@ -1,4 +1,5 @@
-"""The control plane: who may issue what.  Edits, and the snapshot that is published of them.
+"""The control plane: who may issue what.  Edits (those of campaigns are in ``campaigns``), and the snapshot that is
+published of them.
 
 Every edit first locks the catalogue's head row, so that edits and publications happen one after the other and
 the rules that look at several rows (how many campaigns compete, say) hold whoever edits at the same time.
@@ -9,15 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import Final, get_args
+from typing import Final
 
-from sqlalchemy import delete, func, insert, or_, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.catalogue import CANDIDATES_MAX, Campaign, Cap, CapHolder, Period, Pool, Snapshot
+from service.catalogue import Campaign, Cap, Pool, Snapshot
 from service.errors import Conflict, NotFound
 from service.store.schema import (
     assignments,
@@ -34,10 +32,6 @@ from service.store.schema import (
 
 ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NAME_CHARACTERS_MAX: Final = 200  # the column's width
-# More is a mistake in a script that calls this, and every product costs an entry in each process's memory.
-PRODUCTS_MAX: Final = 256
-LIMIT_MAX: Final = 2**53  # Lua counts in doubles: exact up to here
-PRIORITY_MAX: Final = 1_000_000
 TIME_MAX: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that RFC 3339 can write
 
 
@@ -46,10 +40,9 @@ TIME_MAX: Final = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that 
 
 async def create_distributor(connection: AsyncConnection, id: str, name: str, now: int) -> None:
     """The distributor exists and is active.  Raises Conflict if it did before."""
-    _check_id("distributor", id)
-    if not 1 <= len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
-        raise Conflict(f"a distributor's name has 1 to {NAME_CHARACTERS_MAX} printable characters")
-    await _lock(connection)
+    check_id("distributor", id)
+    _check_name(name)
+    await lock(connection)
     if await _active(connection, id) is not None:
         raise Conflict(f"distributor {id} exists already")
     await connection.execute(insert(distributors), {"id": id, "name": name, "active": True, "created_at": now})
@@ -57,9 +50,17 @@ async def create_distributor(connection: AsyncConnection, id: str, name: str, no
 
 async def set_active(connection: AsyncConnection, distributor: str, active: bool) -> None:
     """The distributor is active or suspended.  Raises NotFound."""
-    await _lock(connection)
-    await _require_distributor(connection, distributor)
+    await lock(connection)
+    await require_distributor(connection, distributor)
     await connection.execute(update(distributors).where(distributors.c.id == distributor).values(active=active))
+
+
+async def rename(connection: AsyncConnection, distributor: str, name: str) -> None:
+    """People call the distributor so.  Raises NotFound, Conflict if that can't be shown."""
+    _check_name(name)
+    await lock(connection)
+    await require_distributor(connection, distributor)
+    await connection.execute(update(distributors).where(distributors.c.id == distributor).values(name=name))
 
 
 async def add_credential(connection: AsyncConnection, distributor: str, token_sha256: str, now: int) -> None:
@@ -69,8 +70,8 @@ async def add_credential(connection: AsyncConnection, distributor: str, token_sh
     """
     if re.fullmatch(r"[0-9a-f]{64}", token_sha256) is None:
         raise Conflict("a token is stored as its SHA-256, 64 lower-case hex digits")
-    await _lock(connection)
-    await _require_distributor(connection, distributor)
+    await lock(connection)
+    await require_distributor(connection, distributor)
     known = select(credentials.c.id).where(credentials.c.token_sha256 == token_sha256)
     if (await connection.execute(known)).first() is not None:
         raise Conflict("this token was given out before; make a new one")
@@ -87,10 +88,10 @@ async def revoke_credentials(
     """
     if distributor is None and token_sha256 is None:
         raise ValueError("every token of every distributor was not meant")
-    await _lock(connection)
+    await lock(connection)
     meant = []
     if distributor is not None:
-        await _require_distributor(connection, distributor)
+        await require_distributor(connection, distributor)
         meant.append(credentials.c.distributor == distributor)
     if token_sha256 is not None:
         meant.append(credentials.c.token_sha256 == token_sha256)
@@ -108,12 +109,9 @@ async def create_pool(
     ``default_expires_at`` is for imported codes that bring no expiry; codes with less than ``least_life_s``
     left are never issued.
     """
-    _check_id("pool", id)
-    if default_expires_at is not None and not now < default_expires_at <= TIME_MAX:
-        raise Conflict(f"the default expiry of pool {id} has to be in the future")
-    if not 0 <= least_life_s <= TIME_MAX:
-        raise Conflict(f"the least life of a code of pool {id} can't be negative")
-    await _lock(connection)
+    check_id("pool", id)
+    _check_pool(id, default_expires_at, least_life_s, now)
+    await lock(connection)
     if (await connection.execute(select(pools.c.id).where(pools.c.id == id))).first() is not None:
         raise Conflict(f"pool {id} exists already")
     await connection.execute(
@@ -128,87 +126,23 @@ async def create_pool(
     )
 
 
-async def create_campaign(
-    connection: AsyncConnection,
-    id: str,
-    *,
-    category: str,
-    products: Sequence[str],
-    pool: str,
-    priority: int,
-    starts_at: int,
-    until: int,
-    time_zone: str,
-    caps: Sequence[Cap],
-    now: int,
+async def change_pool(
+    connection: AsyncConnection, id: str, *, default_expires_at: int | None, least_life_s: int, now: int
 ) -> None:
-    """The campaign exists, is not paused, and nobody is assigned to it.
+    """The pool has these values: the expiry for codes that are imported from now on, the least life for all.
 
-    ``caps`` hold for the campaign, and for each distributor and terminal in it.  ``until`` is exclusive, 0: open.
-    Raises NotFound for an unknown pool, Conflict if the campaign exists or a value breaks a rule.
+    Raises NotFound; Conflict if a value is out of its range, or if less life than before were enough: codes may have
+    been passed over for it, and the pool may be known to be exhausted.
     """
-    _check_id("campaign", id)
-    _check_id("category", category)
-    if not 1 <= len(products) <= PRODUCTS_MAX:
-        raise Conflict(f"campaign {id} needs 1 to {PRODUCTS_MAX} products")
-    for product in products:
-        _check_id("product", product)
-    if not -PRIORITY_MAX <= priority <= PRIORITY_MAX:
-        raise Conflict(f"the priority of campaign {id} has to lie within ±{PRIORITY_MAX}")
-    if not 0 <= starts_at <= TIME_MAX or not 0 <= until <= TIME_MAX or (until and until <= starts_at):
-        raise Conflict(f"campaign {id} has to start before it ends")
-    if time_zone not in _time_zones():
-        raise Conflict(f"{time_zone!r} is no time zone: take a name of the IANA database, Europe/Berlin say")
-    _check_caps(caps, get_args(CapHolder), f"campaign {id}")
-    await _lock(connection)
-    if (await connection.execute(select(pools.c.id).where(pools.c.id == pool))).first() is None:
-        raise NotFound(f"there is no pool {pool}: create it first")
-    if (await connection.execute(select(campaigns.c.id).where(campaigns.c.id == id))).first() is not None:
-        raise Conflict(f"campaign {id} exists already")
-    await connection.execute(
-        insert(campaigns),
-        {
-            "id": id,
-            "category": category,
-            "pool": pool,
-            "priority": priority,
-            "starts_at": starts_at,
-            "until": until,
-            "paused": False,
-            "time_zone": time_zone,
-            "created_at": now,
-        },
-    )
-    await connection.execute(
-        insert(campaign_products), [{"campaign": id, "product": product} for product in dict.fromkeys(products)]
-    )
-    await _replace_caps(connection, id, "", caps, now)
-
-
-async def assign(connection: AsyncConnection, campaign: str, distributor: str, caps: Sequence[Cap], now: int) -> None:
-    """The distributor may issue by the campaign, under ``caps`` (per distributor or terminal) besides its own.
-
-    Again: these caps replace those of the assignment before.  Raises NotFound for an unknown campaign or
-    distributor; Conflict for a bad cap, or if more than 16 campaigns that are not over would then compete for
-    one product of this distributor.
-    """
-    _check_caps(caps, ("distributor", "terminal"), f"the assignment of {distributor} to {campaign}")
-    await _lock(connection)
-    await _require_campaign(connection, campaign)
-    await _require_distributor(connection, distributor)
-    here = (assignments.c.campaign == campaign, assignments.c.distributor == distributor)
-    if (await connection.execute(select(assignments.c.campaign).where(*here))).first() is None:
-        row = {"campaign": campaign, "distributor": distributor, "created_at": now}
-        await connection.execute(insert(assignments), row)
-        await _check_candidates(connection, campaign, distributor, now)
-    await _replace_caps(connection, campaign, distributor, caps, now)
-
-
-async def set_paused(connection: AsyncConnection, campaign: str, paused: bool) -> None:
-    """The campaign is paused or goes on.  Raises NotFound."""
-    await _lock(connection)
-    await _require_campaign(connection, campaign)
-    await connection.execute(update(campaigns).where(campaigns.c.id == campaign).values(paused=paused))
+    await lock(connection)
+    row = (await connection.execute(select(pools).where(pools.c.id == id))).first()
+    if row is None:
+        raise NotFound(f"there is no pool {id}: create it first")
+    _check_pool(id, default_expires_at if default_expires_at != row.default_expires_at else None, least_life_s, now)
+    if least_life_s < row.least_life_s:
+        raise Conflict(f"the least life of a code of pool {id} is {row.least_life_s} s and can only be raised")
+    values = {"default_expires_at": default_expires_at, "least_life_s": least_life_s}
+    await connection.execute(update(pools).where(pools.c.id == id).values(values))
 
 
 async def log(connection: AsyncConnection, *, actor: str, action: str, subject: str, detail: str, now: int) -> None:
@@ -309,51 +243,26 @@ async def saved_snapshot(connection: AsyncConnection, version: int) -> bytes | N
 # --- rules ---------------------------------------------------------------------------------------------------
 
 
-@cache
-def _time_zones() -> frozenset[str]:
-    # The pinned package's and not the machine's: caps are counted by its rules, in every process alike.
-    return frozenset((files("tzdata") / "zones").read_text().split())
-
-
-def _check_id(what: str, id: str) -> None:
+def check_id(what: str, id: str) -> None:
+    """Raises Conflict if ``id`` could break a key or a record."""
     if ID.fullmatch(id) is None:
         raise Conflict(f"{id[:80]!r} can't name a {what}: 1 to 64 of A-Z a-z 0-9 . _ -")
 
 
-def _check_caps(caps: Sequence[Cap], holders: Collection[str], where: str) -> None:
-    for cap in caps:
-        if cap.holder not in holders or cap.period not in get_args(Period):
-            raise Conflict(f"{where} can't have a cap per {cap.holder} and {cap.period}")
-        if not 0 <= cap.limit <= LIMIT_MAX:
-            raise Conflict(f"a cap of {where} has to lie within 0 and {LIMIT_MAX}")
-    if len({(cap.holder, cap.period) for cap in caps}) < len(caps):
-        raise Conflict(f"{where} has two caps for the same holder and period")
+def _check_name(name: str) -> None:
+    if not 1 <= len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
+        raise Conflict(f"a distributor's name has 1 to {NAME_CHARACTERS_MAX} printable characters")
 
 
-async def _check_candidates(connection: AsyncConnection, campaign: str, distributor: str, now: int) -> None:
-    own = select(campaign_products.c.product).where(campaign_products.c.campaign == campaign)
-    crowded = (
-        select(campaign_products.c.product, func.count())
-        .join(assignments, assignments.c.campaign == campaign_products.c.campaign)
-        .join(campaigns, campaigns.c.id == campaign_products.c.campaign)
-        .where(
-            assignments.c.distributor == distributor,
-            campaign_products.c.product.in_(own),
-            or_(campaigns.c.until == 0, campaigns.c.until > now),
-        )
-        .group_by(campaign_products.c.product)
-        .having(func.count() > CANDIDATES_MAX)
-        .order_by(campaign_products.c.product)
-    )
-    row = (await connection.execute(crowded)).first()
-    if row is not None:
-        raise Conflict(
-            f"{CANDIDATES_MAX} campaigns that are not over serve product {row.product} to {distributor} already: "
-            "no more can compete"
-        )
+def _check_pool(id: str, default_expires_at: int | None, least_life_s: int, now: int) -> None:
+    if default_expires_at is not None and not now < default_expires_at <= TIME_MAX:
+        raise Conflict(f"the default expiry of pool {id} has to be in the future")
+    if not 0 <= least_life_s <= TIME_MAX:
+        raise Conflict(f"the least life of a code of pool {id} can't be negative")
 
 
-async def _lock(connection: AsyncConnection) -> None:
+async def lock(connection: AsyncConnection) -> None:
+    """Until the transaction ends nobody else edits or publishes."""
     await connection.execute(select(catalogue_head.c.version).with_for_update())
 
 
@@ -362,36 +271,7 @@ async def _active(connection: AsyncConnection, distributor: str) -> bool | None:
     return None if row is None else bool(row.active)
 
 
-async def _require_distributor(connection: AsyncConnection, distributor: str) -> None:
+async def require_distributor(connection: AsyncConnection, distributor: str) -> None:
+    """Raises NotFound if there is none."""
     if await _active(connection, distributor) is None:
         raise NotFound(f"there is no distributor {distributor}: create it first")
-
-
-async def _require_campaign(connection: AsyncConnection, campaign: str) -> None:
-    if (await connection.execute(select(campaigns.c.id).where(campaigns.c.id == campaign))).first() is None:
-        raise NotFound(f"there is no campaign {campaign}: create it first")
-
-
-async def _replace_caps(
-    connection: AsyncConnection, campaign: str, distributor: str, wanted: Sequence[Cap], now: int
-) -> None:
-    """These are the caps now.  One whose holder and period had a cap before goes on from its count."""
-    here = (caps.c.campaign == campaign, caps.c.distributor == distributor)
-    before = {(row.holder, row.period): row for row in await connection.execute(select(caps).where(*here))}
-    await connection.execute(delete(caps).where(*here))
-    rows: list[dict[str, object]] = []
-    for cap in wanted:
-        old = before.get((cap.holder, cap.period))
-        rows.append(
-            {
-                "campaign": campaign,
-                "distributor": distributor,
-                "holder": cap.holder,
-                "period": cap.period,
-                "limit": cap.limit,
-                "counted_from": now if old is None else old.counted_from,
-                "limited_from": now if old is None or old.limit != cap.limit else old.limited_from,
-            }
-        )
-    if rows:
-        await connection.execute(insert(caps), rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import add
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from service.catalogue import cap_field, period_bounds
 from service.domain import Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
 from service.scripts import Count, Counter, Scripts, counter_key, parse_separated, sequences
-from service.store import control, ledger
+from service.store import campaigns, control, ledger
 from service.store.database import Database
 from service.store.ledger import Entry
 from service.store.schema import LITTLE_LIFE
@@ -155,7 +156,7 @@ class Flush:
             await change(
                 self._database,
                 self._scripts,
-                _nothing,
+                partial(campaigns.mark_changed, ids=result.paused),  # the ledger has paused them in the store
                 actor="worker",
                 action="pause",
                 subject=",".join(result.paused),
@@ -277,10 +278,6 @@ def parse(partition: int, generation: int, entry_id: str, fields: dict[str, str]
 
 def _sum(one: Flushed, other: Flushed) -> Flushed:
     return Flushed(*map(add, msgspec.structs.astuple(one), msgspec.structs.astuple(other)))
-
-
-async def _nothing(_: AsyncConnection) -> None:
-    """The ledger has paused the campaigns in the store; only the next version is missing."""
 
 
 def _held(fields: dict[str, str]) -> int:

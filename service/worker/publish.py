@@ -107,6 +107,17 @@ async def announce(database: Database, scripts: Scripts, version: int, blob: byt
     return [f"{keys.tag(scripts.partition)}: {reason}"]
 
 
+async def deciding_second(scripts: Scripts) -> int:
+    """The Unix second it is where times are compared for each request: Redis's, or this machine's while it is away.
+
+    An end that lies at it is in force once it is published, however the two clocks differ.
+    """
+    try:
+        return int((await scripts.redis.time())[0])
+    except (RedisError, OSError):
+        return int(time.time())
+
+
 async def republish_once(database: Database, scripts: Scripts) -> int:
     """Raises a fence that is behind the store (a command died half-way, or Redis was away): 1 if it was, else 0."""
     fence = await _fence(scripts)

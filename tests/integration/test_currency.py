@@ -11,7 +11,7 @@ from sqlalchemy import delete, update
 from service import keys
 from service.errors import StoreIsOlder
 from service.scripts import Scripts, connect
-from service.store import control, schema, stock
+from service.store import campaigns, schema, stock
 from service.store.database import Database
 from service.store.stock import Row
 from service.worker import publish
@@ -43,7 +43,7 @@ async def stage(store_url: str, valkey_url: str) -> AsyncIterator[Stage]:
 
 async def _pause(stage: Stage, scripts: Scripts, paused: bool) -> publish.Published[bool]:
     return await change(
-        stage.database, scripts, lambda conn: control.set_paused(conn, "CAMP-001", paused),
+        stage.database, scripts, lambda conn: campaigns.set_paused(conn, "CAMP-001", paused, int(time.time())),
         actor="test", action="pause", subject="CAMP-001",
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ async def test_change_made_blindly_on_an_older_store_is_never_put_in_force(
     async with stage.database.write() as conn:  # the store as it was before the pause
         await conn.execute(delete(schema.catalogue_versions).where(schema.catalogue_versions.c.version > before))
         await conn.execute(update(schema.catalogue_head).values(version=before))
-        await control.set_paused(conn, "CAMP-001", False)
+        await campaigns.set_paused(conn, "CAMP-001", False, int(time.time()))
     away = connect(f"redis://127.0.0.1:{free_port()}/0", timeout_ms=200)
     try:
         for _ in range(2):

@@ -15,7 +15,7 @@ from service import keys
 from service.catalogue import Cap, Catalogue, encode, load, period_bounds
 from service.domain import Record, Request
 from service.scripts import Answer, Routed
-from service.store import control, schema
+from service.store import campaigns, control, schema
 from service.store.database import Database
 from service.store.stock import Row, begin_import, import_rows
 from service.tokens import digest
@@ -44,7 +44,7 @@ async def _make(stage: Stage, rng: random.Random, number: int) -> None:
             id = f"C{number}-{index}"
             starts_at, until = rng.choice(((now - 500, 0),) * 4 + ((now + 500, 0), (now - 500, now - 400)))
             await control.create_pool(conn, id, default_expires_at=None, least_life_s=0, now=now)
-            await control.create_campaign(
+            await campaigns.create(
                 conn, id, category="CAT", pool=id, priority=rng.randint(1, 3), time_zone="Europe/Berlin", now=now,
                 products=[f"{product}-{number}" for product in rng.sample(PRODUCTS, rng.randint(1, 3))],
                 starts_at=starts_at, until=until,
@@ -52,9 +52,9 @@ async def _make(stage: Stage, rng: random.Random, number: int) -> None:
             )  # fmt: skip
             if rng.random() < 0.85:
                 caps = [Cap("distributor", "day", rng.randint(0, 6))] if rng.random() < 0.3 else []
-                await control.assign(conn, id, DISTRIBUTOR, caps, now)
+                await campaigns.assign(conn, id, DISTRIBUTOR, caps, now)
             if rng.random() < 0.15:
-                await control.set_paused(conn, id, True)
+                await campaigns.set_paused(conn, id, True, now)
             codes = rng.choice((0, 2, 5, 60))
             rows = [
                 Row(line, f"{id}-{line}", None, now + (rng.choice((500, 600)) if line <= codes * 3 // 4 else 10**5))
@@ -171,15 +171,15 @@ def test_every_campaign_has_its_rule(store: OnStage) -> None:
         await stage.campaign("OFF")
 
         async def edit(conn: AsyncConnection) -> None:
-            await control.set_paused(conn, "OFF", True)
+            await campaigns.set_paused(conn, "OFF", True, now)
             await control.add_credential(conn, DISTRIBUTOR, digest("token"), now)
             for id, starts_at, until in (("OTHERS", 1, 0), ("EARLY", now + 900, 0), ("LATE", 1, now - 5)):
-                await control.create_campaign(
+                await campaigns.create(
                     conn, id, category="C", products=["PAY"], pool="WINS", priority=200, starts_at=starts_at,
                     until=until, time_zone="UTC", caps=[], now=now,
                 )  # fmt: skip
                 if id != "OTHERS":
-                    await control.assign(conn, id, DISTRIBUTOR, [], now)
+                    await campaigns.assign(conn, id, DISTRIBUTOR, [], now)
             await begin_import(conn, "i", "WINS", now)
             await import_rows(conn, "i", "WINS", [Row(1, "CODE-1", None, None)], now)
 

@@ -16,10 +16,10 @@ from sqlalchemy import Table, func, insert, select, update
 from service.catalogue import Cap
 from service.domain import Code, Record, Rule
 from service.errors import LedgerLacks, StoreUnreachable
-from service.store import books, control, generations, ledger, stock
+from service.store import books, campaigns, control, generations, ledger, schema, stock
 from service.store.database import Database
 from service.store.ledger import Count, Entry, Flushed
-from service.store.schema import campaigns, incidents, issuances, parked, requests, set_asides
+from service.store.schema import incidents, issuances, parked, requests, set_asides
 from tests.integration.test_generations import is_waited_for
 
 NOW = 1_760_000_000
@@ -82,7 +82,7 @@ async def shop(database: Database) -> Database:
         await control.create_distributor(conn, "DIST-001", "First", NOW)
         await control.create_pool(conn, "POOL-1", default_expires_at=EXPIRY, least_life_s=0, now=NOW)
         for campaign in ("CAMP-001", "CAMP-002"):
-            await control.create_campaign(
+            await campaigns.create(
                 conn, campaign, category="PAY", products=["PAY"], pool="POOL-1", priority=1, starts_at=0, until=0,
                 time_zone="Europe/Berlin", caps=[Cap("campaign", "total", 1_000)], now=NOW,
             )  # fmt: skip
@@ -96,7 +96,9 @@ async def shop(database: Database) -> Database:
 async def paused(database: Database) -> list[str]:
     async with database.read() as conn:
         return list(
-            await conn.scalars(select(campaigns.c.id).where(campaigns.c.paused.is_(True)).order_by(campaigns.c.id))
+            await conn.scalars(
+                select(schema.campaigns.c.id).where(schema.campaigns.c.paused.is_(True)).order_by(schema.campaigns.c.id)
+            )
         )
 
 
@@ -255,7 +257,7 @@ async def test_a_code_of_an_earlier_flush_is_not_issued_again_and_a_repeat_raise
     # Not acknowledged, flushed again: no second incident, and the pause is told again until it is lifted.
     assert await ledger.flush(shop, again, NOW) == Flushed(already=1, paused=("CAMP-002",))
     async with shop.write() as conn:
-        await conn.execute(update(campaigns).values(paused=False))
+        await conn.execute(update(schema.campaigns).values(paused=False))
     assert await ledger.flush(shop, again, NOW) == Flushed(already=1)
     assert await paused(shop) == []
     assert await count(shop, incidents) == 1
@@ -560,7 +562,7 @@ async def test_concurrent_flushes_of_the_same_entries_write_each_once(
 async def test_concurrent_flushes_of_one_code_leave_one_issuance_and_one_incident(three: list[Database]) -> None:
     async with three[0].write() as conn:
         await control.create_pool(conn, "POOL-1", default_expires_at=EXPIRY, least_life_s=0, now=NOW)
-        await control.create_campaign(
+        await campaigns.create(
             conn, "CAMP-001", category="PAY", products=["PAY"], pool="POOL-1", priority=1, starts_at=0, until=0,
             time_zone="UTC", caps=[], now=NOW,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from service.domain import Busy, Outcome, Record, Request, Unavailable
 from service.errors import Conflict, Fault, ScriptFailed, StoreIsOlder
 from service.issuance import Issuer
 from service.scripts import Scripts
-from service.store import control, ledger, stock
+from service.store import campaigns, control, ledger, stock
 from service.store.database import Database
 from service.tokens import digest
 from service.web.preload import Preload
@@ -277,7 +277,7 @@ class World:
                     rng.choice(ZONES),
                     self._caps(("campaign", "distributor", "terminal")),
                 )
-                await control.create_campaign(
+                await campaigns.create(
                     conn, campaign, category="CAT", products=rng.sample(PRODUCTS, rng.choice((1, 2, 2))), pool=pool,
                     priority=rng.randrange(3), starts_at=now - 60, until=rng.choice((0, 0, 0, now + 6)), time_zone=zone,
                     caps=caps, now=now,
@@ -287,7 +287,7 @@ class World:
                     self.truth.limits[campaign, cap.holder, "", cap.period] = [Limit(cap.limit)]
                 for distributor in DISTRIBUTORS[: rng.choice((1, 2, 2, 2))]:
                     caps = self._caps(("distributor", "terminal"))
-                    await control.assign(conn, campaign, distributor, caps, now)
+                    await campaigns.assign(conn, campaign, distributor, caps, now)
                     for cap in caps:
                         self.truth.limits[campaign, cap.holder, distributor, cap.period] = [Limit(cap.limit)]
 
@@ -445,7 +445,9 @@ class World:
 
     async def _set_paused(self, campaign: str, paused: bool) -> bool:
         return await self._publish(
-            campaign, "pause" if paused else "resume", lambda conn: control.set_paused(conn, campaign, paused)
+            campaign,
+            "pause" if paused else "resume",
+            lambda conn: campaigns.set_paused(conn, campaign, paused, self.unix()),
         )
 
     async def _make_token(self, distributor: str, token: str) -> bool:
@@ -469,7 +471,7 @@ class World:
         for cap, new in zip(mine, caps, strict=True):
             limits[cap].append(Limit(new.limit))
         done = await self._publish(
-            f"caps of {campaign}", "caps", lambda conn: control.assign(conn, campaign, distributor, caps, self.unix())
+            f"caps of {campaign}", "caps", lambda conn: campaigns.assign(conn, campaign, distributor, caps, self.unix())
         )
         if done:
             for cap in mine:
