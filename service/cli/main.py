@@ -6,6 +6,8 @@ a command that was typed wrong exits with 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import structlog
@@ -34,18 +36,28 @@ ADVICE: Final[dict[type[Fault], str]] = {
 class Commands(TyperGroup):
     """The boundary of every command: no fault leaves it as a traceback."""
 
+    def make_context(self, *arguments: Any, **named: Any) -> Any:
+        with _faults_in_a_line():  # --install-completion writes into the home directory here
+            return super().make_context(*arguments, **named)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _faults_in_a_line():
             return super().invoke(ctx)
-        except Fault as fault:
-            advice = next((text for kind, text in ADVICE.items() if isinstance(fault, kind)), "")
-            _end(f"{str(fault).rstrip('.')}{'; ' if advice else ''}{advice}")
-        except RedisError as error:  # by its type alone: a message may quote what was sent
-            _end(f"Redis refused or did not answer ({type(error).__name__}): {ADVICE[RedisUnreachable]}")
-        except SQLAlchemyError as error:
-            _end(f"the store refused a statement ({type(error).__name__}): {ADVICE[StoreUnreachable]}")
-        except OSError as error:
-            _end(f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}")
+
+
+@contextmanager
+def _faults_in_a_line() -> Iterator[None]:
+    try:
+        yield
+    except Fault as fault:
+        advice = next((text for kind, text in ADVICE.items() if isinstance(fault, kind)), "")
+        _end(f"{str(fault).rstrip('.')}{'; ' if advice else ''}{advice}")
+    except RedisError as error:  # by its type alone: a message may quote what was sent
+        _end(f"Redis refused or did not answer ({type(error).__name__}): {ADVICE[RedisUnreachable]}")
+    except SQLAlchemyError as error:
+        _end(f"the store refused a statement ({type(error).__name__}): {ADVICE[StoreUnreachable]}")
+    except OSError as error:
+        _end(f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}")
 
 
 def _end(text: str) -> None:
@@ -59,7 +71,6 @@ app = typer.Typer(
     "`voucherd up` starts everything on this machine. The other commands work on the data of an `up` "
     "(--data-dir), or on the Redis and the store that the VOUCHERD_… settings name.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(up)
