@@ -97,6 +97,11 @@ def test_header_has_every_section_in_its_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_line_is_too_long_where_luacheck_is_missing(name: str) -> None:
+    assert [line for line in load(name).text.splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("title", "following"), [("KEYS", "ARGV"), ("ARGV", "Returns")])
 def test_arguments_are_numbered_from_one_without_a_gap(name: str, title: str, following: str) -> None:
     declared = numbered(section(name, title, following))
