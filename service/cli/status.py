@@ -22,9 +22,6 @@ from service.worker.status import PartitionStatus, PoolStatus, Status
 # Seconds between two looks of --watch: each asks the store for the vouchers of the last minute.
 EVERY_S: Final = 2.0
 
-# A pool that will be empty within a day needs somebody today.
-SOON_S: Final = 86_400
-
 
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
-from sqlalchemy import ColumnElement, Select, Table, and_, case, exists, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, Table, and_, case, func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import CapHolder, Period, period_start
@@ -35,7 +35,7 @@ from service.store.schema import (
     set_asides,
     withdrawn,
 )
-from service.store.stock import not_withdrawn
+from service.store.stock import not_in, not_withdrawn
 
 # Every zone is off UTC by a multiple of this, so its days and hours begin with one: summing up per quarter first
 # leaves less to sort into periods.
@@ -119,9 +119,9 @@ async def quarantine(conn: AsyncConnection) -> list[Quarantined]:
     # Counted lease by lease over the walls' indexes, without a look at the codes themselves: several times faster.
     accounted_for = (
         _in_lease(issuances).scalar_subquery()
-        + _in_lease(set_asides).where(_not_in(issuances, set_asides)).scalar_subquery()
+        + _in_lease(set_asides).where(not_in(issuances, set_asides)).scalar_subquery()
         + _in_lease(incidents, func.count(incidents.c.seq.distinct()))
-        .where(_not_in(issuances, incidents), _not_in(set_asides, incidents))
+        .where(not_in(issuances, incidents), not_in(set_asides, incidents))
         .scalar_subquery()
     )
     where = (leases.c.pool, leases.c.partition, leases.c.generation)
@@ -155,8 +155,8 @@ def _in_quarantine(*columns: ColumnElement[Any]) -> Select[Any]:
         )
         .where(
             not_withdrawn(codes),
-            _not_in(issuances, codes),
-            _not_in(set_asides, codes),
+            not_in(issuances, codes),
+            not_in(set_asides, codes),
             tuple_(codes.c.lot, codes.c.seq).not_in(raised),
         )
     )
@@ -183,11 +183,6 @@ def _in_lease(table: Table, count: ColumnElement[int] | None = None) -> Select[A
     return select(func.count() if count is None else count).where(
         table.c.lot == leases.c.lot, table.c.seq >= leases.c.seq_from, table.c.seq < leases.c.seq_to
     )
-
-
-def _not_in(table: Table, other: Table) -> ColumnElement[bool]:
-    """No row of ``table`` has the position in stock of this row of ``other``."""
-    return ~exists().where(table.c.lot == other.c.lot, table.c.seq == other.c.seq)
 
 
 # --- one generation (P5, across Redis and the store) -----------------------------------------------------------------

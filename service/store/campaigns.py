@@ -87,42 +87,6 @@ async def create(
     await mark_changed(connection, [id])
 
 
-async def change(
-    connection: AsyncConnection,
-    id: str,
-    *,
-    now: int,
-    category: str | None = None,
-    products: Sequence[str] | None = None,
-    priority: int | None = None,
-    starts_at: int | None = None,
-    until: int | None = None,
-    paused: bool | None = None,
-) -> None:
-    """The campaign has these values, and keeps those that are None.
-
-    Its pool and its time zone are for good: what was lost with a Redis is counted by the pool, and days and hours by
-    the zone.  Raises NotFound; Conflict if a value breaks a rule, or if a campaign that is over were to go on.  Whoever
-    changes ``products`` sees to it that ``check_candidates`` holds in the end for every distributor.
-    """
-    row = await _begin(connection, id, None)
-    wanted = {"category": category, "priority": priority, "starts_at": starts_at, "until": until, "paused": paused}
-    became = row._asdict()
-    values = {name: value for name, value in wanted.items() if value is not None and value != became[name]}
-    became |= values
-    if "until" in values or values.get("paused") is False:
-        _refuse_over(row, now)
-    if "until" in values or "starts_at" in values:
-        _check_window(id, became["starts_at"], became["until"])
-    _check_order(id, became["category"], became["priority"])
-    if values:
-        await connection.execute(update(campaigns).where(campaigns.c.id == id).values(values))
-    if products is not None:
-        _check_products(id, products)
-        await connection.execute(delete(campaign_products).where(campaign_products.c.campaign == id))
-        await _insert_products(connection, id, products)
-
-
 async def end(connection: AsyncConnection, id: str, now: int, if_version: int | None = None) -> int:
     """No request that begins at ``now`` or later gets a voucher of the campaign, for good; since when that is so.
 
@@ -188,19 +152,6 @@ async def assign(
     distributor; Conflict for a bad cap, or if more than 16 campaigns that are not over would then compete for
     one product of this distributor.
     """
-    await place(connection, id, distributor, caps, now, if_version)
-    await check_candidates(connection, distributor, now)
-
-
-async def place(
-    connection: AsyncConnection,
-    id: str,
-    distributor: str,
-    caps: Sequence[Cap],
-    now: int,
-    if_version: int | None = None,
-) -> None:
-    """Like ``assign``, but whoever calls it sees to it that ``check_candidates`` holds in the end."""
     _check_caps(caps, _ASSIGNED, f"the assignment of {distributor} to {id}")
     await _begin(connection, id, if_version)
     await require_distributor(connection, distributor)
@@ -208,6 +159,7 @@ async def place(
         row = {"campaign": id, "distributor": distributor, "created_at": now}
         await connection.execute(insert(assignments), row)
     await _replace_caps(connection, id, distributor, caps, now)
+    await _check_candidates(connection, distributor, now)
 
 
 async def unassign(connection: AsyncConnection, id: str, distributor: str, if_version: int | None = None) -> None:
@@ -229,7 +181,7 @@ async def mark_changed(connection: AsyncConnection, ids: Collection[str]) -> Non
     await connection.execute(update(campaigns).where(campaigns.c.id.in_(ids)).values(changed_in=version))
 
 
-async def check_candidates(connection: AsyncConnection, distributor: str, now: int) -> None:
+async def _check_candidates(connection: AsyncConnection, distributor: str, now: int) -> None:
     """At most 16 campaigns that are not over compete for each product of the distributor.  Raises Conflict."""
     crowded = (
         select(campaign_products.c.product, func.count())

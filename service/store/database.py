@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
 from weakref import WeakSet
@@ -156,25 +156,15 @@ async def check_migrated(database: Database) -> None:
         raise Misconfigured(f"the store's schema is {found[0]}, not {REVISIONS[-1]}: run `voucherd migrate` first")
 
 
-async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, object]]) -> None:
-    """All ``rows`` are in ``table``, by the driver's bulk way, in the transaction of ``connection``.
-
-    Every row has the keys of the first.  Raises IntegrityError: then no row is in, and on PostgreSQL the
-    transaction is of no more use unless this was inside a savepoint.
-    """
-    if not rows:
-        return
-    if connection.dialect.name == "sqlite":
-        await connection.execute(insert(table), list(rows))
-    else:
-        columns = list(rows[0])
-        await _copy(connection, table, columns, [tuple(row[column] for column in columns) for row in rows])
-
-
 async def insert_records(
     connection: AsyncConnection, table: Table, columns: Sequence[str], records: Sequence[tuple[object, ...]]
 ) -> None:
-    """As ``insert_rows``, for rows that are tuples in the order of ``columns``."""
+    """All ``records`` (tuples in the order of ``columns``) are in ``table``, by the driver's bulk way, in the
+    transaction of ``connection``.
+
+    Raises IntegrityError: then no record is in, and on PostgreSQL the transaction is of no more use unless this was
+    inside a savepoint.
+    """
     if not records:
         return
     if connection.dialect.name == "sqlite":

@@ -162,9 +162,7 @@ async def at_large(conn: AsyncConnection, partition: int, generation: int) -> di
             leases.c.partition == partition,
             leases.c.generation == generation,
             stock.not_withdrawn(codes),
-            ~exists().where(issuances.c.lot == codes.c.lot, issuances.c.seq == codes.c.seq),
-            ~exists().where(set_asides.c.lot == codes.c.lot, set_asides.c.seq == codes.c.seq),
-            ~exists().where(incidents.c.lot == codes.c.lot, incidents.c.seq == codes.c.seq),
+            *(stock.not_in(table, codes) for table in (issuances, set_asides, incidents)),
         )
     )
     return {(lot, seq): pool for lot, seq, pool in await conn.execute(query)}

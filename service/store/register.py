@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Campaign
 from service.errors import NotFound
-from service.store import control
+from service.store import control, stock
 from service.store.schema import assignments, campaigns, credentials, distributors, lots, pools, withdrawn
 
 # Of a token's SHA-256, hex: enough to tell apart what one distributor has, and no key to anything.
@@ -140,14 +140,12 @@ async def tokens(conn: AsyncConnection, distributor: str | None = None) -> list[
 
 
 async def _pools(conn: AsyncConnection, *where: ColumnElement[bool]) -> list[Pool]:
-    # A lease passes over a stretch as a whole, so none lies on both sides of ``leased_to``.
     taken = select(func.coalesce(func.sum(withdrawn.c.seq_to - withdrawn.c.seq_from), 0))
-    ahead = taken.where(withdrawn.c.lot == lots.c.id, withdrawn.c.seq_from >= lots.c.leased_to).scalar_subquery()
-    behind = taken.where(withdrawn.c.lot == lots.c.id, withdrawn.c.seq_from < lots.c.leased_to).scalar_subquery()
+    ahead, all_of_them = stock.withdrawn_ahead(), taken.where(withdrawn.c.lot == lots.c.id).scalar_subquery()
     counted = (
         select(
             lots.c.pool, lots.c.id, lots.c.expires_at, lots.c.imported, lots.c.imported - lots.c.leased_to - ahead,
-            lots.c.leased_to - behind, ahead + behind,
+            lots.c.leased_to - (all_of_them - ahead), all_of_them,
         )
         .join(pools, pools.c.id == lots.c.pool)
         .where(*where)

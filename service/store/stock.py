@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, Table, bindparam, case, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Table, bindparam, case, exists, func, insert, select, update
 from sqlalchemy import Row as SqlRow
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -204,15 +204,25 @@ def not_withdrawn(table: Table) -> ColumnElement[bool]:
     )
 
 
+def not_in(table: Table, other: Table) -> ColumnElement[bool]:
+    """No row of ``table`` has the position ``(lot, seq)`` of this row of ``other``."""
+    return ~exists().where(table.c.lot == other.c.lot, table.c.seq == other.c.seq)
+
+
+def withdrawn_ahead() -> ScalarSelect[int]:
+    """Of this row of ``lots``, the codes that were withdrawn and that no lease has passed over yet.
+
+    A lease passes over a stretch as a whole, so none lies on both sides of ``leased_to``.
+    """
+    codes_of = func.coalesce(func.sum(withdrawn.c.seq_to - withdrawn.c.seq_from), 0)
+    return (
+        select(codes_of).where(withdrawn.c.lot == lots.c.id, withdrawn.c.seq_from >= lots.c.leased_to).scalar_subquery()
+    )
+
+
 async def left(connection: AsyncConnection, now: int) -> dict[str, int]:
     """Per pool, the codes that are stored, not leased, not withdrawn, and not past their expiry."""
-    # A lease passes over a stretch as a whole, so none lies on both sides of ``leased_to``.
-    gone = (
-        select(func.coalesce(func.sum(withdrawn.c.seq_to - withdrawn.c.seq_from), 0))
-        .where(withdrawn.c.lot == lots.c.id, withdrawn.c.seq_from >= lots.c.leased_to)
-        .scalar_subquery()
-    )
-    usable = case((lots.c.expires_at > now, lots.c.imported - lots.c.leased_to - gone), else_=0)
+    usable = case((lots.c.expires_at > now, lots.c.imported - lots.c.leased_to - withdrawn_ahead()), else_=0)
     counted = (
         select(pools.c.id, func.coalesce(func.sum(usable), 0)).outerjoin(lots, lots.c.pool == pools.c.id)
     ).group_by(pools.c.id)
@@ -284,20 +294,28 @@ async def lease(
     return taken
 
 
-async def _stretch(connection: AsyncConnection, lot: SqlRow[Any], wanted: int) -> tuple[int, int]:
-    """Where a lease of at most ``wanted`` codes of ``lot`` ends (exclusive), and how many codes it then holds."""
+async def free_stretches(connection: AsyncConnection, lot: SqlRow[Any]) -> list[tuple[int, int]]:
+    """The positions ``[seq_from, seq_to)`` of ``lot`` that were neither leased nor withdrawn, in their order."""
     ahead = (
         select(withdrawn.c.seq_from, withdrawn.c.seq_to)
         .where(withdrawn.c.lot == lot.id, withdrawn.c.seq_from >= lot.leased_to)
         .order_by(withdrawn.c.seq_from)
     )
-    at, count = lot.leased_to, 0
+    at, free = lot.leased_to, []
     for seq_from, seq_to in (*await connection.execute(ahead), (lot.imported, lot.imported)):
-        here = min(seq_from - at, wanted - count)
-        count += here
-        if count == wanted:
-            return at + here, count
+        if at < seq_from:
+            free.append((at, seq_from))
         at = seq_to
+    return free
+
+
+async def _stretch(connection: AsyncConnection, lot: SqlRow[Any], wanted: int) -> tuple[int, int]:
+    """Where a lease of at most ``wanted`` codes of ``lot`` ends (exclusive), and how many codes it then holds."""
+    count = 0
+    for seq_from, seq_to in await free_stretches(connection, lot):
+        if count + seq_to - seq_from >= wanted:
+            return seq_from + wanted - count, wanted
+        count += seq_to - seq_from
     return lot.imported, count
 
 

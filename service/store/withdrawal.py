@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Select, and_, exists, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code
@@ -17,7 +17,7 @@ from service.errors import NotFound
 from service.store import stock
 from service.store.intake import LOOKUP_MAX
 from service.store.schema import codes, issuances, leases, lots, set_asides, withdrawn
-from service.store.stock import lock_pool, not_withdrawn
+from service.store.stock import lock_pool, not_in, not_withdrawn
 
 # Codes named in one transaction: it holds the pool's lock, and on SQLite the only write lock.
 NAMED_MAX: Final = 5_000
@@ -50,12 +50,21 @@ async def withdraw_codes(conn: AsyncConnection, pool: str, named: Sequence[str],
     if len(named) > NAMED_MAX:
         raise ValueError(f"at most {NAMED_MAX} codes in one transaction")
     await lock_pool(conn, pool)
-    digests = {stock.digest(code) for code in named}
+    digests = sorted({stock.digest(code) for code in named})
     found: list[Any] = []
     for start in range(0, len(digests), LOOKUP_MAX):
-        some = sorted(digests)[start : start + LOOKUP_MAX]
-        found += await conn.execute(_positions(pool).where(codes.c.digest.in_(some)))
-    return await _withdraw(conn, found, now, unknown=len(digests) - len(found))
+        some = digests[start : start + LOOKUP_MAX]
+        found += await conn.execute(_positions(codes.c.pool == pool, codes.c.digest.in_(some)))
+    left = [row for row in found if not (row.gone or row.issued or row.aside)]
+    stored = sorted((row.lot, row.seq) for row in left if row.seq >= row.leased_to)
+    await _write(conn, _stretches(stored), now)
+    return Withdrawn(
+        stored=len(stored),
+        before=sum(bool(row.gone or row.aside) for row in found),
+        issued=sum(bool(row.issued) for row in found),
+        unknown=len(digests) - len(found),
+        leased=tuple(_held(row) for row in left if row.seq < row.leased_to),
+    )
 
 
 async def withdraw_lot(conn: AsyncConnection, pool: str, lot: int, now: int) -> Withdrawn:
@@ -67,20 +76,12 @@ async def withdraw_lot(conn: AsyncConnection, pool: str, lot: int, now: int) -> 
     row = (await conn.execute(select(lots).where(lots.c.pool == pool, lots.c.id == lot))).first()
     if row is None:
         raise NotFound(f"pool {pool} has no lot {lot}: `voucherd pool show {pool}` lists them")
-    ahead = await conn.execute(
-        select(withdrawn.c.seq_from, withdrawn.c.seq_to)
-        .where(withdrawn.c.lot == lot, withdrawn.c.seq_from >= row.leased_to)
-        .order_by(withdrawn.c.seq_from)
-    )
-    at, stretches = row.leased_to, []
-    for seq_from, seq_to in (*ahead, (row.imported, row.imported)):
-        if at < seq_from:
-            stretches.append((lot, at, seq_from))
-        at = seq_to
+    stretches = [(lot, *free) for free in await stock.free_stretches(conn, row)]
     await _write(conn, stretches, now)
     await conn.execute(update(lots).where(lots.c.id == lot).values(leased_to=row.imported))
-    leased = _positions(pool).where(codes.c.lot == lot, codes.c.seq < row.leased_to, *_at_large())
-    held = [Leased(one.generation, _code(one)) for one in await conn.execute(_with_generation(leased))]
+    leased = _positions(codes.c.pool == pool, codes.c.lot == lot, codes.c.seq < row.leased_to, not_withdrawn(codes))
+    at_large = leased.where(not_in(issuances, codes), not_in(set_asides, codes))
+    held = [_held(one) for one in await conn.execute(at_large)]
     return Withdrawn(stored=sum(seq_to - seq_from for _, seq_from, seq_to in stretches), leased=tuple(held))
 
 
@@ -89,56 +90,29 @@ async def became(conn: AsyncConnection, held: Sequence[Leased]) -> tuple[int, in
     issued = aside = 0
     for start in range(0, len(held), LOOKUP_MAX):
         digests = [stock.digest(one.code.code) for one in held[start : start + LOOKUP_MAX]]
-        for row in await conn.execute(_positions(None).where(codes.c.digest.in_(digests))):
+        for row in await conn.execute(_positions(codes.c.digest.in_(digests))):
             issued, aside = issued + bool(row.issued), aside + bool(row.aside and not row.issued)
     return issued, aside
 
 
-async def _withdraw(conn: AsyncConnection, found: Sequence[Any], now: int, *, unknown: int) -> Withdrawn:
-    stored = sorted((row.lot, row.seq) for row in found if row.seq >= row.leased_to and not row.gone)
-    await _write(conn, _stretches(stored), now)
-    leased = [row for row in found if row.seq < row.leased_to and not row.gone]
-    at_large = [row for row in leased if not row.issued and not row.aside]
-    held: list[Leased] = []
-    for start in range(0, len(at_large), LOOKUP_MAX):
-        digests = [stock.digest(row.code) for row in at_large[start : start + LOOKUP_MAX]]
-        query = _with_generation(_positions(None).where(codes.c.digest.in_(digests)))
-        held += [Leased(one.generation, _code(one)) for one in await conn.execute(query)]
-    return Withdrawn(
-        stored=len(stored),
-        before=sum(bool(row.gone or row.aside) for row in found),
-        issued=sum(bool(row.issued) for row in found),
-        unknown=unknown,
-        leased=tuple(held),
-    )
-
-
-def _positions(pool: str | None) -> Select[Any]:
-    """Codes with their place, whether they were withdrawn from stock, and what the store knows became of them."""
-    query = select(
-        codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial, lots.c.expires_at, lots.c.leased_to,
-        (~not_withdrawn(codes)).label("gone"),
-        exists().where(issuances.c.lot == codes.c.lot, issuances.c.seq == codes.c.seq).label("issued"),
-        exists().where(set_asides.c.lot == codes.c.lot, set_asides.c.seq == codes.c.seq).label("aside"),
-    ).join_from(codes, lots, lots.c.id == codes.c.lot)  # fmt: skip
-    return query if pool is None else query.where(codes.c.pool == pool)
-
-
-def _with_generation(query: Select[Any]) -> Select[Any]:
-    holds = and_(leases.c.lot == codes.c.lot, leases.c.seq_from <= codes.c.seq, leases.c.seq_to > codes.c.seq)
-    return query.add_columns(leases.c.generation).join(leases, holds).order_by(codes.c.lot, codes.c.seq)
-
-
-def _at_large() -> tuple[Any, ...]:
+def _positions(*where: ColumnElement[bool]) -> Select[Any]:
+    """Codes in their order, the generation that they were leased to, and what the store knows became of them."""
+    lease = and_(leases.c.lot == codes.c.lot, leases.c.seq_from <= codes.c.seq, leases.c.seq_to > codes.c.seq)
     return (
-        not_withdrawn(codes),
-        ~exists().where(issuances.c.lot == codes.c.lot, issuances.c.seq == codes.c.seq),
-        ~exists().where(set_asides.c.lot == codes.c.lot, set_asides.c.seq == codes.c.seq),
-    )
+        select(
+            codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial, lots.c.expires_at, lots.c.leased_to,
+            leases.c.generation, (~not_withdrawn(codes)).label("gone"),
+            (~not_in(issuances, codes)).label("issued"), (~not_in(set_asides, codes)).label("aside"),
+        )
+        .join_from(codes, lots, lots.c.id == codes.c.lot)
+        .outerjoin(leases, lease)
+        .where(*where)
+        .order_by(codes.c.lot, codes.c.seq)
+    )  # fmt: skip
 
 
-def _code(row: Any) -> Code:
-    return Code(row.expires_at, row.lot, row.seq, row.code, row.serial)
+def _held(row: Any) -> Leased:
+    return Leased(row.generation, Code(row.expires_at, row.lot, row.seq, row.code, row.serial))
 
 
 def _stretches(positions: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:

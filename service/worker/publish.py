@@ -18,6 +18,7 @@ from service.errors import RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUn
 from service.scripts import Scripts
 from service.store import control
 from service.store.database import Database
+from service.worker import patience
 from service.worker.currency import catalogue_at, older_catalogue
 
 log = structlog.get_logger()
@@ -31,11 +32,6 @@ PRELOAD_POLL_S: Final = 0.02
 
 # A process that has not reported for this long is not waited for.
 REPORT_AGE_MS: Final = 1_000
-
-# How long a command tries to reach Redis, and waits for a partition that is being recovered, before it says that it
-# was not reached.  What is written to the store before Redis was seen could go into one that came back older.
-UNREACHED_S: Final = 5.0
-UNREACHED_POLL_S: Final = 0.1
 
 # Superseded snapshots stay this long for processes that are about to read them; the store has every version.
 SUPERSEDED_S: Final = 300
@@ -64,9 +60,10 @@ async def change(
 
     What ``edit`` raises leaves everything as it was.  Raises StoreIsOlder before anything is written.
     """
-    deadline = time.monotonic() + UNREACHED_S
+    deadline = time.monotonic() + patience.UNREACHED_S
+    # What is written to the store before Redis was seen could go into one that came back older.
     while (in_force := await _in_force(scripts)) is None and time.monotonic() < deadline:
-        await asyncio.sleep(UNREACHED_POLL_S)
+        await asyncio.sleep(patience.UNREACHED_POLL_S)
     now = int(time.time())
     async with database.write() as conn:
         if in_force is not None and (older := await older_catalogue(conn, *in_force)):
@@ -78,7 +75,7 @@ async def change(
         await control.log(conn, actor=actor, action=action, subject=subject, detail=detail, now=now)
     unreached = await announce(database, scripts, version, blob)
     while unreached and time.monotonic() < deadline:
-        await asyncio.sleep(UNREACHED_POLL_S)
+        await asyncio.sleep(patience.UNREACHED_POLL_S)
         unreached = await announce(database, scripts, version, blob)
     return Published(result, version, unreached)
 

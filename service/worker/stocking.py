@@ -22,6 +22,7 @@ from service.store import control, schema, stock
 from service.store.database import Database
 from service.store.intake import KINDS, Earlier, Kind
 from service.store.stock import CHUNK_ROWS_MAX, Refused, Row
+from service.worker import patience
 from service.worker.currency import refuse_older
 
 # Refused lines that a report keeps, so that a file of nothing but bad lines fits in memory; the listener gets all.
@@ -29,10 +30,6 @@ REFUSED_KEPT: Final = 1_000
 
 # Seconds between two looks whether the store is still the one that Redis knows, as often as the worker looks.
 CURRENCY_S: Final = 10.0
-
-# Seconds that a partition which is being recovered is waited for.
-UNREACHED_S: Final = 5.0
-UNREACHED_POLL_S: Final = 0.1
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -208,14 +205,14 @@ async def _raise_stock(database: Database, scripts: Scripts, pool: str) -> list[
     """The pool's stock version, also what an earlier run committed, is known to every partition but those returned."""
     async with database.read() as conn:
         version = (await stock.stock_versions(conn))[pool]
-    deadline = time.monotonic() + UNREACHED_S
+    deadline = time.monotonic() + patience.UNREACHED_S
     while True:
         reason = await _tell(scripts, pool, version)
         if not reason:
             return []
         if time.monotonic() > deadline:
             return [f"{keys.tag(scripts.partition)}: {reason}"]
-        await asyncio.sleep(UNREACHED_POLL_S)
+        await asyncio.sleep(patience.UNREACHED_POLL_S)
 
 
 async def _tell(scripts: Scripts, pool: str, version: int) -> str:

@@ -18,15 +18,12 @@ from service.scripts import Scripts
 from service.store import control, stock, withdrawal
 from service.store.database import Database
 from service.store.withdrawal import NAMED_MAX, Leased, Withdrawn
+from service.worker import patience
 from service.worker.currency import refuse_older
 from service.worker.refill import Refill
 
 # Codes of one script call: each is looked for from the window's beginning, 1 ms at the end of one of 100,000 codes.
 CODES_MAX: Final = 16
-
-# Seconds that a partition which is being recovered is waited for.
-UNREACHED_S: Final = 5.0
-UNREACHED_POLL_S: Final = 0.1
 
 
 class Withdrawal(msgspec.Struct, frozen=True):
@@ -106,38 +103,41 @@ class _Left(msgspec.Struct, frozen=True):
 async def _leave_windows(
     database: Database, scripts: Scripts, refill: Refill, pool: str, leased: Sequence[Leased]
 ) -> _Left:
-    deadline = time.monotonic() + UNREACHED_S
+    deadline = time.monotonic() + patience.UNREACHED_S
     left, gone, taken, quarantined = list(leased), list[Leased](), 0, 0
     while left:
         seen = await scripts.generation()
         if seen.agrees:
             quarantined += sum(one.generation != seen.open for one in left)
             left = [one for one in left if one.generation == seen.open]
-            applied = not left or await _all_applied(database, scripts, refill, pool, seen.open)
-            while left and applied:
-                some = left[:CODES_MAX]
-                flags = await scripts.withdraw(pool, [one.code for one in some], generation=seen.open)
-                if flags is None:
-                    break
-                taken += sum(flags)
-                gone += [one for one, was_there in zip(some, flags, strict=True) if not was_there]
-                left = left[CODES_MAX:]
+            done = 0
+            if left and await _all_applied(database, scripts, refill, pool, seen.open):
+                for done in range(0, len(left), CODES_MAX):
+                    some = left[done : done + CODES_MAX]
+                    flags = await scripts.withdraw(pool, [one.code for one in some], generation=seen.open)
+                    if flags is None:
+                        break
+                    taken += sum(flags)
+                    gone += [one for one, was_there in zip(some, flags, strict=True) if not was_there]
+                else:
+                    done = len(left)
+            left = left[done:]
         if not left or time.monotonic() > deadline:
             break
-        await asyncio.sleep(UNREACHED_POLL_S)
+        await asyncio.sleep(patience.UNREACHED_POLL_S)
     return _Left(taken, gone, quarantined, len(left))
 
 
 async def _became(database: Database, gone: Sequence[Leased]) -> tuple[int, int]:
     """How many of the codes that had left their window were issued, and how many set aside or withdrawn; waits for
     the flush that brings the news, bounded."""
-    deadline = time.monotonic() + UNREACHED_S
+    deadline = time.monotonic() + patience.UNREACHED_S
     while True:
         async with database.read() as conn:
             issued, aside = await withdrawal.became(conn, gone)
         if issued + aside == len(gone) or time.monotonic() > deadline:
             return issued, aside
-        await asyncio.sleep(UNREACHED_POLL_S)
+        await asyncio.sleep(patience.UNREACHED_POLL_S)
 
 
 async def _all_applied(database: Database, scripts: Scripts, refill: Refill, pool: str, generation: int) -> bool:

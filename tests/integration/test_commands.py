@@ -25,7 +25,7 @@ from service.errors import Misconfigured
 from service.store import control, schema
 from service.store.database import Database
 from service.tokens import digest, well_formed
-from service.worker import balance, publish
+from service.worker import balance, patience
 from tests.integration.conftest import sqlite_url
 from tests.integration.stage import Stage, staged
 from tests.servers import RedisServer, free_port
@@ -334,7 +334,7 @@ def test_migrate_makes_a_store(store: OnStage, monkeypatch: pytest.MonkeyPatch, 
 def test_change_without_redis_is_stored_and_said_not_to_be_in_force(
     store: OnStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "UNREACHED_S", 0.2)
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.2)
     monkeypatch.setenv("VOUCHERD_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
     result = run("distributor", "create", "DIST-001")
     assert result.exit_code == 1

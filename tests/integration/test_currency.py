@@ -14,7 +14,7 @@ from service.scripts import Scripts, connect
 from service.store import campaigns, schema, stock
 from service.store.database import Database
 from service.store.stock import Row
-from service.worker import publish
+from service.worker import patience, publish
 from service.worker.publish import change, republish_once
 from service.worker.stocking import import_codes
 from tests.integration.stage import Stage, staged
@@ -52,7 +52,7 @@ async def test_change_made_blindly_on_an_older_store_is_never_put_in_force(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its number is the one of a catalogue that is in force, and the next one's is higher than that."""
-    monkeypatch.setattr(publish, "UNREACHED_S", 0.2)
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.2)
     before = (await stage.scripts.generation()).fence
     await _pause(stage, stage.scripts, True)
     async with stage.database.write() as conn:  # the store as it was before the pause

@@ -7,16 +7,18 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Misconfigured, StoreUnreachable
 from service.store import schema
-from service.store.database import CLIENT_MARGIN_S, CONNECT_S, Database, check_migrated, insert_rows
+from service.store.database import CLIENT_MARGIN_S, CONNECT_S, Database, check_migrated, insert_records
 from service.store.migration import migrate
 from tests.servers import PostgresServer
 
@@ -119,16 +121,21 @@ async def test_two_writers_do_not_lose_an_update(database: Database) -> None:
         assert (await connection.execute(select(head.c.version))).scalar_one() == 20
 
 
+async def _insert(connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
+    columns = [*(rows[0] if rows else POOL)]
+    await insert_records(connection, schema.pools, columns, [tuple(row[name] for name in columns) for row in rows])
+
+
 async def test_bulk_rows_are_not_committed_before_the_transaction_is(database: Database) -> None:
     rows = [POOL | {"id": f"P{number:04}", "default_expires_at": None} for number in range(1000)]
     with pytest.raises(RuntimeError, match="half-way"):
         async with database.write() as connection:
-            await insert_rows(connection, schema.pools, rows)  # the first statement of the transaction
+            await _insert(connection, rows)  # the first statement of the transaction
             raise RuntimeError("half-way")
     assert await _pools(database) == []
     async with database.write() as connection:
-        await insert_rows(connection, schema.pools, [])
-        await insert_rows(connection, schema.pools, rows)
+        await _insert(connection, [])
+        await _insert(connection, rows)
     assert await _pools(database) == [row["id"] for row in rows]
 
 
@@ -139,7 +146,7 @@ async def test_bulk_rows_that_break_a_wall_raise_an_integrity_error_and_spare_th
         await connection.execute(insert(schema.pools), POOL | {"id": "kept"})
         with pytest.raises(IntegrityError) as caught:
             async with connection.begin_nested():
-                await insert_rows(connection, schema.pools, [POOL | {"id": "other"}, POOL | {"id": "kept"}])
+                await _insert(connection, [POOL | {"id": "other"}, POOL | {"id": "kept"}])
         assert "pools" in str(caught.value)
     assert await _pools(database) == ["kept"]
 
@@ -298,7 +305,7 @@ async def test_postgresql_stopped_before_the_commit_does_not_say_it_was_committe
             await asyncio.to_thread(server.stop, signal.SIGQUIT)
     with pytest.raises(StoreUnreachable):
         async with database.write() as connection:
-            await insert_rows(connection, schema.pools, [POOL])
+            await _insert(connection, [POOL])
 
 
 @pytest.mark.parametrize("bulk", [False, True], ids=["statement", "copy"])
@@ -318,7 +325,7 @@ async def test_postgresql_that_stands_still_is_unreachable_in_bounded_time_and_c
                     server.send(signal.SIGSTOP, pid)
                 begun = time.monotonic()
                 if bulk:
-                    await insert_rows(connection, schema.pools, [POOL])
+                    await _insert(connection, [POOL])
                 else:
                     await connection.execute(insert(schema.pools), POOL)
         assert time.monotonic() - begun < BOUND_S

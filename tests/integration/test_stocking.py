@@ -15,7 +15,7 @@ from service.scripts import Scripts, connect
 from service.store import books, schema
 from service.store.database import Database
 from service.store.stock import Refused
-from service.worker import stocking
+from service.worker import patience, stocking
 from service.worker.codes_file import CodesFile, expiry
 from service.worker.content import UnusableFile
 from service.worker.stocking import ImportReport, Listener, Progress, import_codes
@@ -326,7 +326,7 @@ async def test_partition_that_could_not_be_told_is_named(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds a generation, but is being recovered: what it took for exhausted, it still may."""
-    monkeypatch.setattr(stocking, "UNREACHED_S", 0.1)
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.1)
     await stage.scripts.redis.hset(keys.generation(0), "replid", "0" * 40)
     report = await _import(stage, _file(tmp_path / "codes.csv", "code\nA-1\n"))
     assert report.inserted == 1

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from service import keys
 from service.domain import Record
 from service.store import schema, stock
-from service.worker import withdrawing
+from service.worker import patience, withdrawing
 from tests.integration.stage import Stage
 from tests.integration.test_commands import OnStage, ok, refused, run, store
 
@@ -95,7 +95,7 @@ def test_codes_leave_stock_and_windows_and_the_books_balance(store: OnStage, tmp
 
 
 def test_a_whole_lot_leaves_at_once(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(withdrawing, "UNREACHED_S", 0.1)
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.1)
     _stocked(tmp_path)
     store(lambda stage: stage.refill.run_once())
     [lot] = store(_lots)
@@ -156,7 +156,7 @@ def test_a_partition_that_is_being_recovered_is_said_to_be_unreached(
         await stage.scripts.redis.hset(keys.generation(0), "replid", "0" * 40)
 
     store(disowned)
-    monkeypatch.setattr(withdrawing, "UNREACHED_S", 0.1)
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.1)
     leaked = _leaked(tmp_path, 5, 60)
     assert _withdraw("--codes", leaked, exit_code=1) == {"unreached": 1, "withdrawn_from_stock": 1}
     assert store(lambda stage: stage.open()) == 1  # the server never stopped: its data is accepted

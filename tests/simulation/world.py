@@ -33,7 +33,7 @@ from service.store.database import Database
 from service.tokens import digest
 from service.web.preload import Preload
 from service.worker import flush as flushing
-from service.worker import publish, stocking, withdrawing
+from service.worker import patience, publish, stocking, withdrawing
 from service.worker.flush import Flush
 from service.worker.publish import change, republish_once
 from service.worker.recover import Recover
@@ -811,7 +811,7 @@ def _in_virtual_time(world: World) -> Iterator[None]:
     clock: Any = SimpleNamespace(time=world.scheduler.unix, monotonic=world.loop.time)
     changed: list[tuple[Any, str, Any]] = [
         *((module, "time", clock) for module in (publish, stocking, withdrawing)),
-        *((module, "UNREACHED_S", UNREACHED_S) for module in (publish, stocking, withdrawing)),
+        (patience, "UNREACHED_S", UNREACHED_S),
         (flushing, "CLAIM_AFTER_MS", CLAIM_AFTER_MS),
     ]
     real = [getattr(module, name) for module, name, _ in changed]
