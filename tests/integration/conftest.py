@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.store.database import Database
 from service.store.migration import migrate
+from tests.integration.stage import Stage, staged
+from tests.integration.typed import OnStage
 from tests.servers import PostgresServer
 
 TEMPLATE = "migrated"
@@ -99,3 +103,28 @@ async def database(store_url: str) -> AsyncIterator[Database]:
     opened = Database.connect(store_url)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+def store(store_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> OnStage:
+    """The environment names a store and a Redis, and the partition is open.  Calls a step with a stage on them."""
+    for name in [name for name in os.environ if name.startswith("VOUCHERD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VOUCHERD_STORE_URL", store_url)
+    monkeypatch.setenv("VOUCHERD_REDIS_URL", valkey_url)
+
+    async def on_stage(step: Callable[[Stage], Any]) -> Any:
+        database = Database.connect(store_url)
+        try:
+            async with staged(database, valkey_url) as stage:
+                return await step(stage)
+        finally:
+            await database.close()
+
+    def call(step: Callable[[Stage], Any]) -> Any:
+        return asyncio.run(on_stage(step))
+
+    async def nothing(stage: Stage) -> None: ...
+
+    call(nothing)
+    return call

@@ -15,100 +15,23 @@ from typing import Any
 import orjson
 import pytest
 from sqlalchemy import select
-from typer.testing import CliRunner, Result
 
 from service import keys
-from service.catalogue import Cap, Snapshot
+from service.catalogue import Cap
 from service.cli.lock import only_one
-from service.cli.main import app
 from service.errors import Misconfigured
-from service.store import control, schema
-from service.store.database import Database
+from service.store import schema
 from service.tokens import digest, well_formed
 from service.worker import balance, patience
 from tests.integration.conftest import sqlite_url
-from tests.integration.stage import Stage, staged
+from tests.integration.stage import Stage
+from tests.integration.typed import OnStage, fence, ok, refused, run, snapshot, stocked, three_issued
 from tests.servers import RedisServer, free_port
-
-OnStage = Callable[[Callable[[Stage], Any]], Any]
-
-
-@pytest.fixture
-def store(store_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> OnStage:
-    """The environment names a store and a Redis, and the partition is open.  Calls a step with a stage on them."""
-    for name in [name for name in os.environ if name.startswith("VOUCHERD_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VOUCHERD_STORE_URL", store_url)
-    monkeypatch.setenv("VOUCHERD_REDIS_URL", valkey_url)
-
-    async def on_stage(step: Callable[[Stage], Any]) -> Any:
-        database = Database.connect(store_url)
-        try:
-            async with staged(database, valkey_url) as stage:
-                return await step(stage)
-        finally:
-            await database.close()
-
-    def call(step: Callable[[Stage], Any]) -> Any:
-        return asyncio.run(on_stage(step))
-
-    async def nothing(stage: Stage) -> None: ...
-
-    call(nothing)
-    return call
-
-
-def run(*arguments: str, typed: str | None = None) -> Result:
-    """One command, as typed."""
-    return CliRunner().invoke(app, list(arguments), input=typed, env={"COLUMNS": "90"})
-
-
-def ok(*arguments: str, typed: str | None = None) -> Result:
-    result = run(*arguments, typed=typed)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(*arguments: str, says: str) -> None:
-    """The command fails with one line on standard error, and nothing else."""
-    result = run(*arguments)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith("voucherd: ")
-    assert result.stderr.count("\n") == 1
-    assert says in result.stderr
-
-
-async def snapshot(stage: Stage) -> Snapshot:
-    async with stage.database.read() as conn:
-        return await control.snapshot(conn, await control.version(conn))
-
-
-async def fence(stage: Stage) -> tuple[int, int]:
-    """The fence and the store's version."""
-    async with stage.database.read() as conn:
-        return (await stage.scripts.generation()).fence, await control.version(conn)
-
-
-def _stocked(tmp_path: Path, codes: int = 50) -> None:
-    """A campaign that DIST-001 may issue by, from ``codes`` codes."""
-    ok("distributor", "create", "DIST-001", "--name", "A partner")
-    ok("campaign", "create", "CAMP-001", "--category", "PAY", "--product", "PAY")
-    ok("campaign", "assign", "CAMP-001", "DIST-001")
-    (tmp_path / "codes.csv").write_text("code\n" + "".join(f"CODE-{number:04}\n" for number in range(codes)))
-    ok("codes", "import", "CAMP-001", str(tmp_path / "codes.csv"))
-
-
-async def _three_issued(stage: Stage) -> None:
-    await stage.refill.run_once()
-    answers = await stage.issue("req-1", "req-2", "req-3")
-    assert {answer.status for answer in answers} == {"ISSUED"}
-    await stage.flush.run_once()
 
 
 def test_from_nothing_to_an_audited_voucher(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
-    store(_three_issued)
+    stocked(tmp_path)
+    store(three_issued)
     found = orjson.loads(ok("ledger", "find", "--request-id", "req-2", "--json").stdout)
     assert [one["request_id"] for one in found] == ["req-2"]
     assert (found[0]["distributor_id"], found[0]["campaign_id"], found[0]["pool"]) == (
@@ -189,7 +112,7 @@ def test_campaign_takes_all_its_options(store: OnStage) -> None:
 
 
 def test_pause_and_resume_are_in_force_when_they_return(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     for command, paused in (("pause", True), ("resume", False)):
         ok("campaign", command, "CAMP-001")
         assert store(snapshot).campaigns[0].paused is paused
@@ -237,10 +160,10 @@ def test_token_is_shown_once_and_kept_as_its_digest(store: OnStage) -> None:
 
 def test_audit_says_what_is_off(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance, "LOOKS_MAX", 3)
-    _stocked(tmp_path)
+    stocked(tmp_path)
 
     async def damage(stage: Stage) -> None:
-        await _three_issued(stage)
+        await three_issued(stage)
         await stage.scripts.redis.lpop(keys.window(0, 1, "CAMP-001"))
 
     store(damage)
@@ -258,10 +181,10 @@ def test_audit_says_what_is_off(store: OnStage, tmp_path: Path, monkeypatch: pyt
 
 
 def test_quarantine_is_named_and_no_finding(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
 
     async def lose(stage: Stage) -> None:
-        await _three_issued(stage)
+        await three_issued(stage)
         await stage.issue("unflushed")
         await stage.scripts.redis.flushall()
         await stage.open()
@@ -353,8 +276,8 @@ def test_change_without_redis_is_stored_and_said_not_to_be_in_force(
 def test_status_without_the_store_says_how_long_it_lasts(
     store: OnStage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    _stocked(tmp_path)
-    store(_three_issued)
+    stocked(tmp_path)
+    store(three_issued)
     monkeypatch.setenv("VOUCHERD_STORE_URL", f"postgresql+asyncpg://me@127.0.0.1:{free_port()}/x")
     monkeypatch.setenv("VOUCHERD_PLANNED_RATE", "5")
     result = run("status", "--json")
@@ -400,8 +323,8 @@ def test_commands_of_a_data_dir_use_its_servers(
 
 
 def test_status_shows_the_burn_rate_and_when_the_pool_is_empty(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
-    store(_three_issued)
+    stocked(tmp_path)
+    store(three_issued)
     [pool] = orjson.loads(ok("status", "--json").stdout)["pools"]
     assert (pool["last_minute"], pool["empty_in_s"]) == (3, 60 * 47 // 3)
     shown = ok("status").stdout
@@ -413,7 +336,7 @@ def test_status_shows_the_burn_rate_and_when_the_pool_is_empty(store: OnStage, t
 def test_status_that_watches_goes_on_until_it_is_interrupted(
     store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     looks = 0
 
     async def third_time_interrupted(seconds: float) -> None:

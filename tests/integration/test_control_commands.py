@@ -18,9 +18,7 @@ from service.domain import instant
 from service.store import schema
 from service.tokens import digest
 from tests.integration.stage import Stage
-from tests.integration.test_commands import OnStage, fence, ok, refused, run, snapshot, store
-
-__all__ = ["store"]  # the fixture
+from tests.integration.typed import OnStage, fence, ok, refused, run, snapshot
 
 WIDTH = 80  # columns of the narrowest terminal that tables have to fit
 

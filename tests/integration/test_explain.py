@@ -22,9 +22,8 @@ from service.tokens import digest
 from service.worker.explain import Explanation, explain
 from service.worker.publish import change
 from tests.integration.stage import DISTRIBUTOR, OUTBOX_MAX, RETENTION_S, Stage, staged
-from tests.integration.test_commands import ok, refused, run, store
+from tests.integration.typed import ok, refused, run
 
-__all__ = ["store"]
 OnStage = Callable[[Callable[[Stage], Any]], Any]
 
 STATES = 24  # catalogues a seed; each is asked STEPS times, while codes and caps run out

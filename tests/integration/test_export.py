@@ -21,9 +21,8 @@ from service.store import schema
 from service.store.ledger import Found
 from service.worker.export import FIELDS, lines, part_of, whole_file
 from tests.integration.stage import Stage
-from tests.integration.test_commands import _stocked, _three_issued, ok, refused, run, store
+from tests.integration.typed import ok, refused, run, stocked, three_issued
 
-__all__ = ["store"]
 OnStage = Callable[[Callable[[Stage], Any]], Any]
 
 LAST_WEEK = int(time.time()) // 86_400 * 86_400 - 7 * 86_400
@@ -32,7 +31,7 @@ DAY = datetime.fromtimestamp(LAST_WEEK, UTC).strftime("%Y-%m-%d")
 
 async def _a_week_ago(stage: Stage) -> None:
     """Three vouchers, the first two of them a week old."""
-    await _three_issued(stage)
+    await three_issued(stage)
     async with stage.database.write() as conn:
         for number, second in ((1, 0), (2, 86_399)):
             await conn.execute(
@@ -47,7 +46,7 @@ def _ids(text: str) -> list[str]:
 
 
 def test_export_holds_what_find_says_in_the_order_of_issuing(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     store(_a_week_ago)
     found = orjson.loads(ok("ledger", "find", "--json").stdout)
     exported = [orjson.loads(line) for line in ok("ledger", "export", "--format", "ndjson").stdout.splitlines()]
@@ -74,7 +73,7 @@ def test_cell_is_never_a_formula_and_ndjson_stays_exact() -> None:
 
 
 def test_period_with_vouchers_in_the_outbox_is_refused(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
 
     async def unflushed(stage: Stage) -> None:
         await stage.refill.run_once()
@@ -104,7 +103,7 @@ def test_without_redis_nobody_knows_whether_a_period_is_complete(
 
 
 def test_file_that_could_not_be_finished_is_not_there(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     store(_a_week_ago)
     target = tmp_path / "ledger.csv"
     target.write_text("before\n")
@@ -135,7 +134,7 @@ def test_interrupted_export_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_closed_pipe_ends_in_silence(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     store(_a_week_ago)
     with subprocess.Popen(
         [sys.executable, "-m", "service.cli.main", "ledger", "export"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -161,7 +160,7 @@ def test_what_was_typed_wrong_is_said(store: OnStage, tmp_path: Path) -> None:
 
 
 def test_settlement_is_the_same_again_and_a_partner_can_check_it(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     ok("distributor", "create", "DIST-002", "--name", "Another one")
     store(_a_week_ago)
     folder = tmp_path / "out"
@@ -183,7 +182,7 @@ def test_settlement_is_the_same_again_and_a_partner_can_check_it(store: OnStage,
 
 
 def test_settlement_that_says_otherwise_is_not_overwritten(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path)
     store(_a_week_ago)
     folder = tmp_path / "out"
     settle = ("ledger", "settle", "--day", DAY, "--output-dir", str(folder))

@@ -28,13 +28,13 @@ from service.store import books, schema
 from service.store.database import Database
 from service.worker import rehearsal, stocking
 from tests.integration.stage import Stage, staged
-from tests.integration.test_commands import OnStage, ok, refused, run, store  # noqa: F401 - a fixture
+from tests.integration.typed import OnStage, ok, refused, run
 
 COMMAND = [sys.executable, "-m", "service.cli.main"]
 
 
 @pytest.fixture
-def pool(store: OnStage) -> OnStage:  # noqa: F811
+def pool(store: OnStage) -> OnStage:
     """A pool P whose codes expire in a year unless they say otherwise, and Q, which holds OTHER-1."""
     ok("pool", "create", "P", "--expires", "2040-01-01")
     ok("pool", "create", "Q", "--expires", "2040-01-01")

@@ -15,8 +15,8 @@ from sqlalchemy import select
 
 from service.store import schema
 from tests.integration.stage import Stage
-from tests.integration.test_commands import OnStage, ok, store  # noqa: F401 - a fixture
 from tests.integration.test_import_command import COMMAND, stored
+from tests.integration.typed import OnStage, ok
 
 LINES = 30_000  # six transactions
 REPEATED_EVERY = 1_000  # so many lines apart stands a code that is in an earlier line already
@@ -65,7 +65,7 @@ def _whole_s(on_stage: OnStage, store_url: str, tmp_path: Path) -> float:
 
 
 def test_import_killed_at_a_random_moment_gives_each_code_once(
-    store: OnStage,  # noqa: F811
+    store: OnStage,
     store_url: str,
     tmp_path: Path,
     rng: random.Random,

@@ -16,20 +16,9 @@ from service.domain import Record
 from service.store import schema, stock
 from service.worker import patience, withdrawing
 from tests.integration.stage import Stage
-from tests.integration.test_commands import OnStage, ok, refused, run, store
-
-__all__ = ["store"]  # the fixture
+from tests.integration.typed import OnStage, ok, refused, run, stocked
 
 CODES = 100
-
-
-def _stocked(tmp_path: Path) -> None:
-    """A campaign that DIST-001 may issue by: 100 codes in one lot."""
-    ok("distributor", "create", "DIST-001")
-    ok("campaign", "create", "CAMP-001", "--category", "PAY", "--product", "PAY")
-    ok("campaign", "assign", "CAMP-001", "DIST-001")
-    (tmp_path / "codes.csv").write_text("code\n" + "".join(f"CODE-{number:04}\n" for number in range(CODES)))
-    ok("codes", "import", "CAMP-001", str(tmp_path / "codes.csv"))
 
 
 def _leaked(tmp_path: Path, *numbers: int) -> str:
@@ -68,7 +57,7 @@ def _names(*numbers: int) -> set[str]:
 
 
 def test_codes_leave_stock_and_windows_and_the_books_balance(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
 
     async def three(stage: Stage) -> None:
         await stage.refill.run_once()
@@ -96,7 +85,7 @@ def test_codes_leave_stock_and_windows_and_the_books_balance(store: OnStage, tmp
 
 def test_a_whole_lot_leaves_at_once(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "UNREACHED_S", 0.1)
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
     store(lambda stage: stage.refill.run_once())
     [lot] = store(_lots)
     _withdraw("--codes", _leaked(tmp_path, 50, 51, 52, 80))
@@ -116,7 +105,7 @@ async def _lots(stage: Stage) -> list[int]:
 
 
 def test_a_lease_on_its_way_is_applied_first(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
 
     async def leased(stage: Stage) -> None:
         async with stage.database.write() as conn:
@@ -133,7 +122,7 @@ def test_a_lease_on_its_way_is_applied_first(store: OnStage, tmp_path: Path) -> 
 
 
 def test_what_was_lost_with_redis_is_in_quarantine_and_said_to_be(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
 
     async def lose(stage: Stage) -> None:
         await stage.refill.run_once()
@@ -149,7 +138,7 @@ def test_what_was_lost_with_redis_is_in_quarantine_and_said_to_be(store: OnStage
 def test_a_partition_that_is_being_recovered_is_said_to_be_unreached(
     store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
 
     async def disowned(stage: Stage) -> None:
         await stage.refill.run_once()
@@ -164,7 +153,7 @@ def test_a_partition_that_is_being_recovered_is_said_to_be_unreached(
 
 
 def test_it_asks_first_and_takes_one_kind_of_naming(store: OnStage, tmp_path: Path) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
     leaked = _leaked(tmp_path, 5)
     asked = run("pool", "withdraw", "CAMP-001", "--codes", leaked, "--reason", "leaked", typed="n\n")
     assert asked.exit_code == 1
@@ -211,5 +200,5 @@ async def _race(stage: Stage, rng: random.Random) -> None:
 
 
 def test_no_withdrawn_code_is_issued_while_issuing_goes_on(store: OnStage, tmp_path: Path, rng: random.Random) -> None:
-    _stocked(tmp_path)
+    stocked(tmp_path, CODES)
     store(lambda stage: _race(stage, rng))
