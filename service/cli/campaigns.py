@@ -27,9 +27,6 @@ T = TypeVar("T")
 # Expiry of codes that bring none, in a pool that was made along with its campaign.
 POOL_LIFE: Final = timedelta(days=365)
 
-# Between the extremes that the store takes, so that there is room on both sides.
-PRIORITY: Final = 100
-
 CAP_HELP: Final = "At most so many vouchers: total=5000, day=100, hour=10; repeat it for several."
 
 app = typer.Typer(help="Campaigns: rules that turn what a terminal sold into a voucher.", no_args_is_help=True)
@@ -53,7 +50,7 @@ def create(
             show_default=False,
         ),
     ] = None,
-    priority: Annotated[int, typer.Option(metavar="N", help="Lower goes first.")] = PRIORITY,
+    priority: Annotated[int, typer.Option(metavar="N", help="Lower goes first.")] = campaigns.PRIORITY,
     starts: Annotated[
         str | None,
         typer.Option("--from", metavar="T", help="A day (its start in the time zone) or a time.", show_default="now"),

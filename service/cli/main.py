@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from typer.core import TyperGroup
 
 from service.cli import books, campaigns, codes, distributors, explain, ledger, pools, processes, tokens
+from service.cli.apply import apply
 from service.cli.console import complain
 from service.cli.status import status
 from service.cli.up import up
@@ -83,6 +84,7 @@ app.add_typer(pools.app, name="pool")
 app.add_typer(campaigns.app, name="campaign")
 app.add_typer(codes.app, name="codes")
 app.add_typer(ledger.app, name="ledger")
+app.command()(apply)
 app.command()(explain.explain)
 app.command()(books.audit)
 app.command()(status)

@@ -15,7 +15,7 @@ from typing import Any, Final, get_args
 from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.catalogue import CANDIDATES_MAX, Cap, CapHolder, Period
+from service.catalogue import CANDIDATES_MAX, Campaign, Cap, CapHolder, Period
 from service.domain import instant
 from service.errors import Conflict, NotFound
 from service.store.control import TIME_MAX, check_id, lock, require_distributor
@@ -32,6 +32,7 @@ from service.store.schema import (
 PRODUCTS_MAX: Final = 256
 LIMIT_MAX: Final = 2**53  # Lua counts in doubles: exact up to here
 PRIORITY_MAX: Final = 1_000_000
+PRIORITY: Final = 100  # of a campaign that says none: with room on both sides
 
 # What a cap counts, and the limit it is to have; None: there is to be no such cap.
 CapChanges = Mapping[tuple[CapHolder, Period], int | None]
@@ -85,6 +86,33 @@ async def create(
     await _insert_products(connection, id, products)
     await _replace_caps(connection, id, "", caps, now)
     await mark_changed(connection, [id])
+
+
+async def change(connection: AsyncConnection, wanted: Campaign, now: int) -> None:
+    """The campaign of this id, whose pool and time zone are for good, has the values of ``wanted``; its assignments
+    stay.  A cap whose holder and period had one before goes on from its count.
+
+    Raises NotFound; Conflict if a value breaks a rule or the campaign is over.  Whoever calls this sees to it that
+    ``check_candidates`` holds in the end.
+    """
+    id = wanted.id
+    row = await _begin(connection, id, None)
+    _refuse_over(row, now)
+    for what, was, to_be in (("pool", row.pool, wanted.pool), ("time zone", row.time_zone, wanted.time_zone)):
+        if was != to_be:  # what was lost with a Redis is counted by the pool, days and hours by the zone
+            raise Conflict(f"campaign {id} keeps its {what}, {was}, for good: create another campaign")
+    _check_order(id, wanted.category, wanted.priority)
+    _check_products(id, wanted.products)
+    _check_window(id, wanted.starts_at, wanted.until)
+    if 0 < wanted.until <= now:
+        raise Conflict(f"campaign {id} can't have ended in the past: `voucherd campaign end {id}` ends it now")
+    _check_caps(wanted.caps, get_args(CapHolder), f"campaign {id}")
+    names = ("category", "priority", "starts_at", "until", "paused")
+    values = {name: getattr(wanted, name) for name in names}
+    await connection.execute(update(campaigns).where(campaigns.c.id == id).values(values))
+    await connection.execute(delete(campaign_products).where(campaign_products.c.campaign == id))
+    await _insert_products(connection, id, wanted.products)
+    await _replace_caps(connection, id, "", wanted.caps, now)
 
 
 async def end(connection: AsyncConnection, id: str, now: int, if_version: int | None = None) -> int:
@@ -152,6 +180,19 @@ async def assign(
     distributor; Conflict for a bad cap, or if more than 16 campaigns that are not over would then compete for
     one product of this distributor.
     """
+    await place(connection, id, distributor, caps, now, if_version)
+    await check_candidates(connection, now, distributor)
+
+
+async def place(
+    connection: AsyncConnection,
+    id: str,
+    distributor: str,
+    caps: Sequence[Cap],
+    now: int,
+    if_version: int | None = None,
+) -> None:
+    """Like ``assign``, but whoever calls this sees to it that ``check_candidates`` holds in the end."""
     _check_caps(caps, _ASSIGNED, f"the assignment of {distributor} to {id}")
     await _begin(connection, id, if_version)
     await require_distributor(connection, distributor)
@@ -159,7 +200,6 @@ async def assign(
         row = {"campaign": id, "distributor": distributor, "created_at": now}
         await connection.execute(insert(assignments), row)
     await _replace_caps(connection, id, distributor, caps, now)
-    await _check_candidates(connection, distributor, now)
 
 
 async def unassign(connection: AsyncConnection, id: str, distributor: str, if_version: int | None = None) -> None:
@@ -181,22 +221,26 @@ async def mark_changed(connection: AsyncConnection, ids: Collection[str]) -> Non
     await connection.execute(update(campaigns).where(campaigns.c.id.in_(ids)).values(changed_in=version))
 
 
-async def _check_candidates(connection: AsyncConnection, distributor: str, now: int) -> None:
-    """At most 16 campaigns that are not over compete for each product of the distributor.  Raises Conflict."""
+async def check_candidates(connection: AsyncConnection, now: int, distributor: str | None = None) -> None:
+    """At most 16 campaigns that are not over compete for each product of the distributor, of all of them for None.
+
+    Raises Conflict.
+    """
+    whose = () if distributor is None else (assignments.c.distributor == distributor,)
     crowded = (
-        select(campaign_products.c.product, func.count())
-        .join(assignments, assignments.c.campaign == campaign_products.c.campaign)
+        select(assignments.c.distributor, campaign_products.c.product)
+        .join(campaign_products, assignments.c.campaign == campaign_products.c.campaign)
         .join(campaigns, campaigns.c.id == campaign_products.c.campaign)
-        .where(assignments.c.distributor == distributor, or_(campaigns.c.until == 0, campaigns.c.until > now))
-        .group_by(campaign_products.c.product)
+        .where(*whose, or_(campaigns.c.until == 0, campaigns.c.until > now))
+        .group_by(assignments.c.distributor, campaign_products.c.product)
         .having(func.count() > CANDIDATES_MAX)
-        .order_by(campaign_products.c.product)
+        .order_by(assignments.c.distributor, campaign_products.c.product)
     )
     row = (await connection.execute(crowded)).first()
     if row is not None:
         raise Conflict(
-            f"{CANDIDATES_MAX} campaigns that are not over serve product {row.product} to {distributor} already: "
-            "no more can compete"
+            f"more than {CANDIDATES_MAX} campaigns that are not over would serve product {row.product} to "
+            f"{row.distributor}: no more can compete"
         )
 
 

@@ -55,6 +55,14 @@ async def set_active(connection: AsyncConnection, distributor: str, active: bool
     await connection.execute(update(distributors).where(distributors.c.id == distributor).values(active=active))
 
 
+async def rename(connection: AsyncConnection, distributor: str, name: str) -> None:
+    """People call the distributor so.  Raises NotFound, Conflict if that can't be shown."""
+    _check_name(name)
+    await lock(connection)
+    await require_distributor(connection, distributor)
+    await connection.execute(update(distributors).where(distributors.c.id == distributor).values(name=name))
+
+
 async def add_credential(connection: AsyncConnection, distributor: str, token_sha256: str, now: int) -> None:
     """The token with this SHA-256 (hex) belongs to the distributor; those it had before stay valid.
 
@@ -116,6 +124,25 @@ async def create_pool(
             "created_at": now,
         },
     )
+
+
+async def change_pool(
+    connection: AsyncConnection, id: str, *, default_expires_at: int | None, least_life_s: int, now: int
+) -> None:
+    """The pool has these values: the expiry for codes that are imported from now on, the least life for all.
+
+    Raises NotFound; Conflict if a value is out of its range, or if less life than before were enough: codes may have
+    been passed over for it, and the pool may be known to be exhausted.
+    """
+    await lock(connection)
+    row = (await connection.execute(select(pools).where(pools.c.id == id))).first()
+    if row is None:
+        raise NotFound(f"there is no pool {id}: create it first")
+    _check_pool(id, default_expires_at if default_expires_at != row.default_expires_at else None, least_life_s, now)
+    if least_life_s < row.least_life_s:
+        raise Conflict(f"the least life of a code of pool {id} is {row.least_life_s} s and can only be raised")
+    values = {"default_expires_at": default_expires_at, "least_life_s": least_life_s}
+    await connection.execute(update(pools).where(pools.c.id == id).values(values))
 
 
 async def log(connection: AsyncConnection, *, actor: str, action: str, subject: str, detail: str, now: int) -> None:

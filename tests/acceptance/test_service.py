@@ -173,6 +173,27 @@ async def test_a_distributor_assigned_under_load_works_at_once_on_every_process(
     await service.audit()
 
 
+async def test_what_a_file_says_is_in_force_on_every_process_when_apply_has_returned(
+    service: Service, tmp_path: Path
+) -> None:
+    await service.furnish(100)
+    file = tmp_path / "wanted.yaml"
+
+    async def statuses(name: str) -> set[tuple[int, str]]:
+        asked = await asyncio.gather(*(service.ask(client, f"{name}-{number}") for number in range(16)))
+        return {(one.status_code, one.json().get("code", "")) for one in asked}
+
+    async with service.client() as client:
+        for number in range(3):
+            assert await statuses(f"on-{number}") == {(200, "")}
+            file.write_text(f"campaigns: [{{id: {service.campaign}, caps: {{terminal: {{total: 0}}}}}}]")
+            assert "1 entry applied" in service.succeed("apply", str(file))
+            assert await statuses(f"capped-{number}") == {(409, "cap_reached")}
+            file.write_text(f"campaigns: [{{id: {service.campaign}, caps: {{terminal: {{total: null}}}}}}]")
+            assert "1 entry applied" in service.succeed("apply", str(file))
+    await service.audit()
+
+
 async def test_import_racing_refill_racing_issuing_gives_no_false_409(service: Service, tmp_path: Path) -> None:
     """A 409 `exhausted` is true only if at some moment of the request everything imported by then was issued."""
     await service.furnish(50)
