@@ -139,10 +139,10 @@ async def import_codes(
     between the same call goes on where this one came to.
     """
     tally = Tally(listener or Listener())
-    await _refuse(database, scripts)
+    await refuse_unchecked(database, scripts)
     checked_at = time.monotonic()
     if await is_known(database, import_id, pool):
-        return tally.report(import_id, pool, known=True, unreached=await _raise_stock(database, scripts, pool))
+        return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))
     iterator = iter(rows)
     chunk = list(islice(iterator, CHUNK_ROWS_MAX))  # first: what can't be read at all must not begin an import
     try:
@@ -152,27 +152,28 @@ async def import_codes(
         if not await is_known(database, import_id, pool):
             raise
         # Another run of the same import has finished it just now.
-        return tally.report(import_id, pool, known=True, unreached=await _raise_stock(database, scripts, pool))
+        return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))
     tally.listener.begun(resumed_after)
     done_to, earlier, look = resumed_after, Earlier(whole=not resumed_after), False
     while chunk:
         if chunk[-1].line > done_to:
             if time.monotonic() - checked_at > CURRENCY_S:
-                await _refuse(database, scripts)
+                await refuse_unchecked(database, scripts)
                 checked_at = time.monotonic()
             async with database.write() as conn:
                 done = await stock.import_rows(conn, import_id, pool, chunk, now(), earlier, look=look)
             if done.inserted:
                 # Now and not at the end: P4 holds for whoever asks in between as well.
-                await _tell(scripts, pool, done.stock_version)
+                await tell_stock(scripts, pool, done.stock_version)
             earlier.add(done.placed)
             if done.lines < sum(row.line > done_to for row in chunk):
                 earlier.whole = False  # another run of the same import did a part just now
             done_to = done.lines_done
             look = any(one.kind != "invalid" for one in done.refused)  # where there are some, there are more
             tally.add(done.lines, done.inserted, done.refused)
+        patience.stop_if_cancelled()
         chunk = list(islice(iterator, CHUNK_ROWS_MAX))
-    unreached = await _raise_stock(database, scripts, pool)  # before it is finished: a run that dies here is repeated
+    unreached = await raise_stock(database, scripts, pool)  # before it is finished: a run that dies here is repeated
     async with database.write() as conn:
         total = await stock.finish_import(conn, import_id, now())
         detail = f"import {import_id}: {total.inserted} codes, {total.refused} lines refused"
@@ -192,7 +193,7 @@ async def is_known(database: Database, import_id: str, pool: str) -> bool:
         return (await conn.execute(known)).first() is not None
 
 
-async def _refuse(database: Database, scripts: Scripts) -> None:
+async def refuse_unchecked(database: Database, scripts: Scripts) -> None:
     try:
         await refuse_older(database, scripts)
     except RedisUnreachable as fault:
@@ -201,13 +202,13 @@ async def _refuse(database: Database, scripts: Scripts) -> None:
         ) from fault
 
 
-async def _raise_stock(database: Database, scripts: Scripts, pool: str) -> list[str]:
+async def raise_stock(database: Database, scripts: Scripts, pool: str) -> list[str]:
     """The pool's stock version, also what an earlier run committed, is known to every partition but those returned."""
     async with database.read() as conn:
         version = (await stock.stock_versions(conn))[pool]
     deadline = time.monotonic() + patience.UNREACHED_S
     while True:
-        reason = await _tell(scripts, pool, version)
+        reason = await tell_stock(scripts, pool, version)
         if not reason:
             return []
         if time.monotonic() > deadline:
@@ -215,7 +216,7 @@ async def _raise_stock(database: Database, scripts: Scripts, pool: str) -> list[
         await asyncio.sleep(patience.UNREACHED_POLL_S)
 
 
-async def _tell(scripts: Scripts, pool: str, version: int) -> str:
+async def tell_stock(scripts: Scripts, pool: str, version: int) -> str:
     """'' once the open generation knows the stock version (or none is open: a new one begins with it), else why not."""
     try:
         seen = await scripts.generation()
