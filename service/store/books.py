@@ -116,6 +116,27 @@ async def quarantine(conn: AsyncConnection) -> list[Quarantined]:
 
     Those of a parked entry are among them, for nobody can read which they are.
     """
+    each = _quarantined_leases(
+        leases.c.pool, leases.c.partition, leases.c.generation, generations.c.closed_at
+    ).subquery()
+    grouped = (each.c.pool, each.c.partition, each.c.generation)
+    left = func.sum(each.c.codes)
+    rows = await conn.execute(
+        select(*grouped, left, func.max(each.c.closed_at)).group_by(*grouped).having(left > 0).order_by(*grouped)
+    )
+    return [Quarantined(pool, partition, generation, int(count), at) for pool, partition, generation, count, at in rows]
+
+
+async def quarantined_by_lot(conn: AsyncConnection) -> dict[int, int]:
+    """The codes that ``quarantine`` counts, per lot; lots without any are left out."""
+    each = _quarantined_leases(leases.c.lot).subquery()
+    left = func.sum(each.c.codes)
+    rows = await conn.execute(select(each.c.lot, left).group_by(each.c.lot).having(left > 0))
+    return {lot: int(count) for lot, count in rows}
+
+
+def _quarantined_leases(*columns: ColumnElement[Any]) -> Select[Any]:
+    """The leases of closed generations, each with the ``codes`` of it that are in quarantine."""
     # Counted lease by lease over the walls' indexes, without a look at the codes themselves: several times faster.
     accounted_for = (
         _in_lease(issuances).scalar_subquery()
@@ -124,16 +145,7 @@ async def quarantine(conn: AsyncConnection) -> list[Quarantined]:
         .where(not_in(issuances, incidents), not_in(set_asides, incidents))
         .scalar_subquery()
     )
-    where = (leases.c.pool, leases.c.partition, leases.c.generation)
-    each = _leased_and_closed(
-        *where, (leases.c.codes - accounted_for).label("codes"), generations.c.closed_at
-    ).subquery()
-    grouped = (each.c.pool, each.c.partition, each.c.generation)
-    left = func.sum(each.c.codes)
-    rows = await conn.execute(
-        select(*grouped, left, func.max(each.c.closed_at)).group_by(*grouped).having(left > 0).order_by(*grouped)
-    )
-    return [Quarantined(pool, partition, generation, int(count), at) for pool, partition, generation, count, at in rows]
+    return _leased_and_closed(*columns, (leases.c.codes - accounted_for).label("codes"))
 
 
 async def quarantined_codes(conn: AsyncConnection, limit: int) -> list[QuarantinedCode]:

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from typing import Final
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Campaign, Cap, Pool, Snapshot
@@ -102,12 +102,18 @@ async def revoke_credentials(
 
 
 async def create_pool(
-    connection: AsyncConnection, id: str, *, default_expires_at: int | None, least_life_s: int, now: int
+    connection: AsyncConnection,
+    id: str,
+    *,
+    default_expires_at: int | None,
+    least_life_s: int,
+    now: int,
+    generator: str | None = None,
 ) -> None:
     """The pool exists, empty.  Raises Conflict if it did before or a value is out of its range.
 
     ``default_expires_at`` is for imported codes that bring no expiry; codes with less than ``least_life_s``
-    left are never issued.
+    left are never issued.  ``generator``: what `work` fills it by (``worker.generating``), None for imports alone.
     """
     check_id("pool", id)
     _check_pool(id, default_expires_at, least_life_s, now)
@@ -122,6 +128,7 @@ async def create_pool(
             "least_life_s": least_life_s,
             "stock_version": 0,
             "created_at": now,
+            "generator": generator,
         },
     )
 
@@ -210,6 +217,12 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
             for row in rules
         ),
     )
+
+
+async def pools_in_use(connection: AsyncConnection, now: int) -> set[str]:
+    """Pools that a campaign issues from that is not over."""
+    used = select(campaigns.c.pool).where(or_(campaigns.c.until == 0, campaigns.c.until > now)).distinct()
+    return set(await connection.scalars(used))
 
 
 async def caps_counted_from(connection: AsyncConnection) -> dict[tuple[str, str, str, str], int]:

@@ -40,6 +40,7 @@ class Pool(msgspec.Struct, frozen=True):
     default_expires_at: int | None
     least_life_s: int
     created_at: int
+    generator: str | None  # what `work` fills it by
     lots: tuple[Lot, ...]
 
     def codes(self, what: Literal["imported", "stored", "leased", "withdrawn"]) -> int:
@@ -154,6 +155,6 @@ async def _pools(conn: AsyncConnection, *where: ColumnElement[bool]) -> list[Poo
     held: dict[str, list[Lot]] = {}
     for id, lot, expires_at, *figures in await conn.execute(counted):
         held.setdefault(id, []).append(Lot(lot, expires_at, *(int(figure) for figure in figures)))
-    columns = (pools.c.id, pools.c.default_expires_at, pools.c.least_life_s, pools.c.created_at)
+    columns = (pools.c.id, pools.c.default_expires_at, pools.c.least_life_s, pools.c.created_at, pools.c.generator)
     found = await conn.execute(select(*columns).where(*where).order_by(pools.c.id))
     return [Pool(*row, tuple(held.get(row.id, ()))) for row in found]

@@ -23,6 +23,7 @@ from service.errors import Conflict, GenerationClosed, RedisUnreachable, StoreIs
 from service.scripts import Scripts, Window
 from service.store import control, ledger, stock
 from service.store.database import Database
+from service.worker.generating import Fill
 
 log = structlog.get_logger()
 
@@ -52,7 +53,8 @@ class Refilled(msgspec.Struct, frozen=True):
 
 
 class Refill:
-    """Refills the windows of one partition.  ``low_water`` and ``store_outage_s``: see ``settings``."""
+    """Refills the windows of one partition.  ``low_water`` and ``store_outage_s``: see ``settings``; ``fill`` makes
+    codes for pools that are generated, without it none are."""
 
     def __init__(
         self,
@@ -64,7 +66,9 @@ class Refill:
         now: Callable[[], int] = lambda: int(time.time()),
         clock: Callable[[], float] = time.monotonic,
         lease_id: Callable[[], str] = lambda: secrets.token_hex(16),
+        fill: Fill | None = None,
     ) -> None:
+        self._fill = fill
         self._database = database
         self._scripts = scripts
         self._low_water = low_water
@@ -157,6 +161,8 @@ class Refill:
                 except (Conflict, GenerationClosed, IntegrityError):
                     break  # another worker leased meanwhile, or the generation is being left: the next step sees
                 if new is None:
+                    if self._fill is not None and await self._fill.block(pool):
+                        continue  # P4: a pool is not exhausted while codes can be made for it
                     if await self._scripts.exhausted(pool, version, last, generation=generation) == "OK":
                         metrics.window_codes.labels(pool).set(length)
                         return Refilled(added, exhausted=1)

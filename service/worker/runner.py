@@ -16,6 +16,7 @@ from service.scripts import Scripts, connect
 from service.settings import Settings
 from service.store.database import Database, check_migrated
 from service.worker.flush import BLOCK_MS, ENTRIES_MAX, Flush
+from service.worker.generating import Fill
 from service.worker.publish import republish_once
 from service.worker.recover import Recover
 from service.worker.refill import Refill
@@ -31,6 +32,7 @@ PUBLISH_S: Final = 1.0
 FLUSH_S: Final = 0.2
 REFILL_S: Final = 0.02
 DEMAND_S: Final = 0.5
+FILL_S: Final = 0.5
 CLEAN_S: Final = 5.0
 WATCH_S: Final = 10.0
 
@@ -59,7 +61,10 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         recover = Recover(
             patient, scripts, flush, outbox_max=settings.outbox_max, retention_s=settings.replay_retention_s
         )
-        refill = Refill(database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s)
+        fill = Fill(database, scripts)
+        refill = Refill(
+            database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s, fill=fill
+        )
         watch = Watch(
             database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max,
             retention_s=settings.replay_retention_s,
@@ -76,6 +81,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
             "recover": _loop("recover", recover.run_once, RECOVER_S, stop),
             "flush": _loop("flush", flush_step, FLUSH_S, stop),
             "refill": _loop("refill", refill_step, REFILL_S, stop),
+            "fill": _loop("fill", fill.run_once, FILL_S, stop),
             "publish": _loop("publish", lambda: republish_once(database, scripts), PUBLISH_S, stop),
             "clean": _loop("clean", recover.clean_once, CLEAN_S, stop),
             "watch": _loop("watch", watch.run_once, WATCH_S, stop),

@@ -122,6 +122,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
     version: int
     left: dict[str, int]
+    used: set[str]
     issued: dict[str, int]  # in the last BURN_S
     incidents: int
     parked: int
@@ -139,6 +140,7 @@ async def _kept(database: Database, now: int, wrong: list[str]) -> _Kept | None:
             kept = _Kept(
                 await control.version(conn),
                 await stock.left(conn, now),
+                await control.pools_in_use(conn, now),
                 await ledger.issued_by_pool(conn, now - BURN_S),
                 incidents,
                 parked,
@@ -188,7 +190,7 @@ def _partition(
 
 
 def _outage_s(held: Books, kept: _Kept | None, settings: Settings) -> int:
-    left = kept.left if kept is not None else {}
+    left = {pool: codes for pool, codes in kept.left.items() if pool in kept.used} if kept is not None else {}
     return int(outage_lasts_s(held, left, outbox_max=settings.outbox_max, planned_rate=settings.planned_rate))
 
 

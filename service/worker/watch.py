@@ -14,7 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 from service import keys, metrics
 from service.errors import RedisUnreachable, StoreIsOlder
 from service.scripts import Books, Scripts
-from service.store import books, stock
+from service.store import books, control, stock
 from service.store.database import Database
 from service.worker.currency import refuse_older
 
@@ -85,9 +85,11 @@ class Watch:
                 metrics.outbox_age_seconds.labels(partition).set(age_s)
             async with self._database.read() as conn:
                 left = await stock.left(conn, int(self._now()))
+                used = await control.pools_in_use(conn, int(self._now()))
             for pool, codes in left.items():
                 metrics.stock_codes.labels(pool).set(codes)
             if held is not None:
+                left = {pool: codes for pool, codes in left.items() if pool in used}
                 metrics.outage_lasts_seconds.labels(partition).set(
                     outage_lasts_s(held, left, outbox_max=self._outbox_max, planned_rate=self._planned_rate)
                 )

@@ -18,8 +18,11 @@ import pytest
 import redis
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from loadtest.client import run
+from loadtest.vouchers import VoucherRequests
 from service import tokens
 from service.store import campaigns, control, ledger
+from service.worker.generating import AHEAD_CODES
 from service.worker.publish import change
 from tests.acceptance.service import Service
 
@@ -347,3 +350,20 @@ async def test_with_the_worker_away_issuing_goes_on_and_nothing_is_trimmed(servi
     async with service.control_plane() as (database, _), database.read() as conn:
         assert set(await ledger.lookup(conn, "v1", service.distributor, list(vouchers))) == set(vouchers)
     await service.audit()
+
+
+async def test_a_generated_pool_under_load_is_never_called_unavailable(service: Service, tmp_path: Path) -> None:
+    """Four times what there is in stock ahead, through two serving processes."""
+    service.succeed("pool", "create", "ENDLESS", "--pattern", "E-####-####*", "--expires-after", "30")
+    service.succeed("distributor", "create", "DIST-E")
+    service.succeed("campaign", "create", "C-E", "--category", "PAY", "--product", "PAY", "--pool", "ENDLESS")
+    service.succeed("campaign", "assign", "C-E", "DIST-E")
+    token = json.loads(service.succeed("token", "issue", "DIST-E", "--json"))["token"]
+    asked = 4 * AHEAD_CODES
+    seen = await asyncio.to_thread(run, "127.0.0.1", service.port, 32, asked, VoucherRequests(token, "DIST-E"))
+    print(seen.statuses)
+    assert set(seen.statuses) <= {200, 503}  # refilling, perhaps, and never 409
+    assert seen.statuses[200] > 2 * AHEAD_CODES
+    await service.audit()
+    [counted] = json.loads(service.succeed("codes", "count", "ENDLESS", "--json"))
+    assert counted["issued"] == seen.statuses[200]
