@@ -120,16 +120,16 @@ def list_(as_json: options.AsJson = False, data_dir: options.DataDir = None) -> 
         print_json([_fields(one, now) for one in found])
         return
     print_table(
-        ["campaign", "state", "priority", "products", "pool", "until", "distributors"],
+        ["campaign", "state", "priority", "products", "pool", "until", "assigned to"],
         [
             (
                 one.campaign.id, one.state(now), one.campaign.priority, " ".join(one.campaign.products),
-                one.campaign.pool, _end(one.campaign.until), len(one.campaign.assigned),
+                one.campaign.pool, _end(one.campaign.until)[:10], len(one.campaign.assigned),
             )
             for one in found
         ],
-        numbers=["priority", "distributors"],
-        whole=["state"],
+        numbers=["priority", "assigned to"],
+        whole=["state", "until"],
     )  # fmt: skip
 
 
