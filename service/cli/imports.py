@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -35,6 +36,8 @@ SHOWN_MAX: Final = 20
 
 INTERRUPTED: Final = 130  # exit status, as the shell has it for SIGINT
 
+_ABOUT: Final = re.compile(rb'(?:\{"line":)?(\d+),')  # a line of a report: the number that it begins with
+
 RATE_S: Final = 10.0  # the rate shown is that of these last seconds: a resumed import passes over the first lines fast
 
 PIPED: Final = "-"
@@ -62,7 +65,7 @@ def import_(
         typer.Option(
             metavar="FILE",
             help="Write every refused line's number, kind and reason to FILE: CSV if it ends in .csv, else NDJSON. "
-            "A resumed import appends.",
+            "A resumed import goes on in it.",
             show_default=False,
         ),
     ] = None,
@@ -120,10 +123,13 @@ async def _import(
     terminal.codes = codes
     async with connected(data_dir) as here:
         if dry_run:
-            return await rehearse_import(here.database, pool, codes.rows(), import_id=import_id, listener=terminal)
+            return await rehearse_import(
+                here.database, pool, codes.rows(), import_id=import_id, content=codes.id, listener=terminal
+            )
         return await import_codes(
-            here.database, here.scripts, pool, codes.rows(), import_id=import_id, listener=terminal, actor=actor()
-        )
+            here.database, here.scripts, pool, codes.rows(), import_id=import_id, content=codes.id, listener=terminal,
+            actor=actor(),
+        )  # fmt: skip
 
 
 class _Refusals:
@@ -148,17 +154,22 @@ class _Refusals:
         self._file.close()
 
     def begun(self, resumed_after: int) -> None:
-        """What an earlier run of the same import has written stays; all else goes."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size and not resumed_after:
-            self._file.truncate(0)
-        elif size:
-            with self._path.open("rb") as before:
-                before.seek(-1, os.SEEK_END)
-                self._write("" if before.read() == b"\n" else "\n")  # that run died in the middle of a line
-            return
-        if self._path.suffix == ".csv":
+        """What an earlier run of the same import has written stays as far as that run had come; all else goes."""
+        if os.fstat(self._file.fileno()).st_size:
+            self._file.truncate(self._end_of(resumed_after) if resumed_after else 0)
+        if self._path.suffix == ".csv" and not os.fstat(self._file.fileno()).st_size:
             self._write("line,kind,reason\n")
+
+    def _end_of(self, last: int) -> int:
+        """Where in the file the first line begins that is about a line after ``last``, or that is not whole."""
+        end = 0
+        with self._path.open("rb") as before:
+            for written in before:
+                about = _ABOUT.match(written)
+                if not written.endswith(b"\n") or (about is not None and int(about[1]) > last):
+                    break
+                end += len(written)
+        return end
 
     def add(self, lines: Sequence[Refused]) -> None:
         if self._path.suffix == ".csv":

@@ -22,10 +22,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 # What the migrations lead to, oldest first: a process that only looks need not load alembic.
-REVISIONS = ("pre_0001", "pre_0002")
+REVISIONS = ("pre_0001", "pre_0002", "pre_0003")
 
 metadata = MetaData(
     naming_convention={
@@ -159,6 +160,7 @@ imports = Table(
     Column("refused", BigInteger, nullable=False),
     Column("started_at", BigInteger, nullable=False),
     Column("finished_at", BigInteger),
+    Column("content", String(64), nullable=False, server_default=text("''")),  # SHA-256; '': not known
 )
 
 lots = Table(

@@ -87,10 +87,11 @@ class Lease(msgspec.Struct, frozen=True):
 # --- imports -------------------------------------------------------------------------------------------------
 
 
-async def begin_import(connection: AsyncConnection, import_id: str, pool: str, now: int) -> int:
+async def begin_import(connection: AsyncConnection, import_id: str, pool: str, now: int, content: str = "") -> int:
     """The import is known; how many of its lines were done before, to go on after them.
 
-    Raises NotFound for an unknown pool; Conflict if the import is finished or belongs to another pool.
+    ``content``: SHA-256 of what is imported, hex; '' if nobody knows.  Raises NotFound for an unknown pool; Conflict if
+    the import is finished, belongs to another pool, or was begun with other content.
     """
     if ID.fullmatch(import_id) is None:
         raise Conflict("an import's id has 1 to 64 of A-Z a-z 0-9 . _ -")
@@ -101,16 +102,25 @@ async def begin_import(connection: AsyncConnection, import_id: str, pool: str, n
         counts = {"lines_done": 0, "inserted": 0, "refused": 0}
         try:
             async with connection.begin_nested():
-                await connection.execute(insert(imports), {"id": import_id, "pool": pool, **counts, "started_at": now})
+                await connection.execute(
+                    insert(imports), {"id": import_id, "pool": pool, **counts, "started_at": now, "content": content}
+                )
         except IntegrityError:  # begun for another pool just now
             found = (await connection.execute(known)).one()
         else:
             return 0
-    if found.pool != pool:
-        raise Conflict(f"import {import_id} filled pool {found.pool}, not {pool}: give it another id")
+    refuse_other_import(found, pool, content)
     if found.finished_at is not None:
         raise Conflict(f"import {import_id} is finished ({found.inserted} codes): the same file is not imported twice")
     return int(found.lines_done)
+
+
+def refuse_other_import(found: SqlRow[Any], pool: str, content: str) -> None:
+    """Raises Conflict if this row of ``imports`` is of another pool or of other content."""
+    if found.pool != pool:
+        raise Conflict(f"import {found.id} filled pool {found.pool}, not {pool}: give it another id")
+    if content and found.content and content != found.content:
+        raise Conflict(f"import {found.id} was begun with other content: give this one another id")
 
 
 async def import_rows(

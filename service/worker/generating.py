@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import islice
 from typing import Final
 
@@ -107,23 +107,25 @@ async def generate_codes(
     ``import_id`` adds those that are missing: it is exactly ``count`` in the end.
 
     Raises Conflict before anything is written if the pattern has too few codes, if there is no expiry, or if the import
-    is another one's; NotFound, StoreIsOlder, RedisUnreachable and StoreUnreachable as ``import_codes`` does.
+    is of another pool or was begun with another count, pattern or expiry; NotFound, StoreIsOlder, RedisUnreachable and
+    StoreUnreachable as ``import_codes`` does.
     """
     if not 1 <= count <= CODES_MAX:
         raise Conflict(f"1 to {CODES_MAX:,} codes can be generated at once")
     tally = Tally(listener or Listener())
+    content = sha256(f"{count}\n{expires_at}\n".encode() + msgspec.json.encode(pattern)).hexdigest()
     await refuse_unchecked(database, scripts)
-    if await is_known(database, import_id, pool):
+    if await is_known(database, import_id, pool, content):
         return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))
     try:
         async with database.write() as conn:
-            done = await stock.begin_import(conn, import_id, pool, now())
+            done = await stock.begin_import(conn, import_id, pool, now(), content)
             inserted = (await _state(conn, import_id)).inserted
             there, default_expires_at = await _pool(conn, pool)
             _refuse_expiry(pool, default_expires_at if expires_at is None else expires_at, now())
             refuse_crowded(pattern, there, count - inserted)
     except Conflict:
-        if not await is_known(database, import_id, pool):
+        if not await is_known(database, import_id, pool, content):
             raise
         # Another run of the same has finished it just now.
         return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))

@@ -10,7 +10,7 @@ from typing import Final
 
 from sqlalchemy import select
 
-from service.errors import Conflict, Misconfigured, NotFound
+from service.errors import Misconfigured, NotFound
 from service.store import intake, schema
 from service.store.database import Database
 from service.store.intake import Earlier, Good, Refused
@@ -27,6 +27,7 @@ async def rehearse_import(
     rows: Iterable[Row],
     *,
     import_id: str,
+    content: str = "",
     listener: Listener | None = None,
     now: Callable[[], int] = lambda: int(time.time()),
 ) -> ImportReport:
@@ -36,15 +37,13 @@ async def rehearse_import(
     room for a temporary file.
     """
     tally = Tally(listener or Listener())
-    if await is_known(database, import_id, pool):
+    if await is_known(database, import_id, pool, content):
         return tally.report(import_id, pool, known=True, dry_run=True)
     async with database.read() as conn:
         into = (await conn.execute(select(schema.pools).where(schema.pools.c.id == pool))).first()
         begun = (await conn.execute(select(schema.imports).where(schema.imports.c.id == import_id))).first()
     if into is None:
         raise NotFound(f"there is no pool {pool}: create it first")
-    if begun is not None and begun.pool != pool:
-        raise Conflict(f"import {import_id} filled pool {begun.pool}, not {pool}: give it another id")
     resumed_after = int(begun.lines_done) if begun is not None else 0
     tally.listener.begun(resumed_after)
     iterator, seen = iter(rows), _Seen()
@@ -58,7 +57,9 @@ async def rehearse_import(
             new, repeated = seen.add(new)
             refused = [one for one in (*refused, *stored, *repeated) if one.line > resumed_after]
             lines = sum(row.line > resumed_after for row in chunk)
-            tally.add(lines, len(new), sorted(refused, key=lambda each: each.line))
+            refused.sort(key=lambda each: each.line)
+            tally.refuse(refused)
+            tally.add(lines, len(new), refused)
     except sqlite3.Error as error:
         raise Misconfigured(
             f"a dry run keeps what it has seen in a temporary file, and can't: {error}; name another directory with "

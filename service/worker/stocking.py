@@ -71,7 +71,8 @@ class Listener:
         """Lines after this one are about to be looked at; told once, and not if the import is known."""
 
     def refused(self, lines: Sequence[Refused]) -> None:
-        """These lines were refused; all of them are told, in their order."""
+        """These lines are refused; all of them are told, in their order, before that is committed.  A run that ends
+        before it is leaves some told that the next run looks at again, after the line that ``begun`` tells it."""
 
     def progress(self, so_far: Progress) -> None:
         """So much was done."""
@@ -91,14 +92,18 @@ class Tally:
     def refused(self) -> int:
         return sum(self.kinds.values())
 
+    def refuse(self, refused: Sequence[Refused]) -> None:
+        """Tells the listener of these lines."""
+        if refused:
+            self.listener.refused(refused)
+
     def add(self, lines: int, inserted: int, refused: Sequence[Refused]) -> None:
+        """Counts what was done, the lines that were refused among it."""
         self.lines += lines
         self.inserted += inserted
         for one in refused:
             self.kinds[one.kind] += 1
         self.reasons += refused[: REFUSED_KEPT - len(self.reasons)]
-        if refused:
-            self.listener.refused(refused)
         self.listener.progress(Progress(self.lines, self.inserted, self.refused))
 
     def report(
@@ -125,6 +130,7 @@ async def import_codes(
     rows: Iterable[Row],
     *,
     import_id: str,
+    content: str = "",
     listener: Listener | None = None,
     actor: str = "voucherd",
     now: Callable[[], int] = lambda: int(time.time()),
@@ -132,24 +138,25 @@ async def import_codes(
     """The good ones of ``rows`` are in stock, and nothing takes the pool for exhausted any more.
 
     ``rows`` are the same at every call with the same ``import_id``, their lines rising; at most CHUNK_ROWS_MAX are
-    held at a time.  Two calls for the same import at the same time share the work.
+    held at a time; ``content`` is their SHA-256, '' if nobody knows.  Two calls for the same import at the same time
+    share the work.
 
-    Raises NotFound for an unknown pool, Conflict if the import belongs to another pool, StoreIsOlder, and
-    RedisUnreachable before anything is written if the store can't be checked against Redis.  After a fault in
+    Raises NotFound for an unknown pool, Conflict if the import is of another pool or of other content, StoreIsOlder,
+    and RedisUnreachable before anything is written if the store can't be checked against Redis.  After a fault in
     between the same call goes on where this one came to.
     """
     tally = Tally(listener or Listener())
     await refuse_unchecked(database, scripts)
     checked_at = time.monotonic()
-    if await is_known(database, import_id, pool):
+    if await is_known(database, import_id, pool, content):
         return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))
     iterator = iter(rows)
     chunk = list(islice(iterator, CHUNK_ROWS_MAX))  # first: what can't be read at all must not begin an import
     try:
         async with database.write() as conn:
-            resumed_after = await stock.begin_import(conn, import_id, pool, now())
+            resumed_after = await stock.begin_import(conn, import_id, pool, now(), content)
     except Conflict:
-        if not await is_known(database, import_id, pool):
+        if not await is_known(database, import_id, pool, content):
             raise
         # Another run of the same import has finished it just now.
         return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))
@@ -162,6 +169,7 @@ async def import_codes(
                 checked_at = time.monotonic()
             async with database.write() as conn:
                 done = await stock.import_rows(conn, import_id, pool, chunk, now(), earlier, look=look)
+                tally.refuse(done.refused)  # before it is committed: what is told too early can be told again
             if done.inserted:
                 # Now and not at the end: P4 holds for whoever asks in between as well.
                 await tell_stock(scripts, pool, done.stock_version)
@@ -184,13 +192,14 @@ async def import_codes(
     )  # fmt: skip
 
 
-async def is_known(database: Database, import_id: str, pool: str) -> bool:
-    """Whether this import into this pool is finished."""
-    known = select(schema.imports.c.id).where(
-        schema.imports.c.id == import_id, schema.imports.c.pool == pool, schema.imports.c.finished_at.is_not(None)
-    )
+async def is_known(database: Database, import_id: str, pool: str, content: str = "") -> bool:
+    """Whether this import is finished.  Raises Conflict if it is of another pool or of other content."""
     async with database.read() as conn:
-        return (await conn.execute(known)).first() is not None
+        found = (await conn.execute(select(schema.imports).where(schema.imports.c.id == import_id))).first()
+    if found is None:
+        return False
+    stock.refuse_other_import(found, pool, content)
+    return found.finished_at is not None
 
 
 async def refuse_unchecked(database: Database, scripts: Scripts) -> None:

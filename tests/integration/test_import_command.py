@@ -365,8 +365,8 @@ def test_resumed_import_appends_to_its_report(pool: OnStage, tmp_path: Path, mon
 
     def interrupted(self: Any, so_far: Any) -> None:
         if so_far.lines == 20:
-            with report.open("a") as torn:
-                torn.write("31,inv")
+            with report.open("a") as torn:  # what was told of the next transaction, which was not committed then
+                torn.write("31,invalid,told too early\n31,inv")
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -378,7 +378,8 @@ def test_resumed_import_appends_to_its_report(pool: OnStage, tmp_path: Path, mon
     assert "Went on after line 21" in result.stdout
     reported = report.read_text().splitlines()
     assert reported[0] == "line,kind,reason"
-    assert [line.split(",")[0] for line in reported[1:]] == ["11", "21", "31", "31", "41", "42"]
+    assert [line.split(",")[0] for line in reported[1:]] == ["11", "21", "31", "41", "42"]
+    assert "told too early" not in report.read_text()
     assert "perhaps from an earlier line of this file" in reported[-1]
     assert len(stored(pool)) == 36
 
@@ -450,3 +451,46 @@ def _on_a_terminal(command: list[str]) -> str:
     os.close(parent)
     assert process.wait(20) == 0
     return seen.decode()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "ndjson"])
+def test_a_report_misses_no_line_when_the_import_is_killed_right_after_a_commit(
+    pool: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(stocking, "CHUNK_ROWS_MAX", 10)
+    file, report = tmp_path / "codes.csv", tmp_path / f"report.{suffix}"
+    file.write_text("code\n" + "\n".join("not good" if number % 5 == 0 else f"CODE-{number}" for number in range(60)))
+
+    def killed(self: Any, lines: int, inserted: int, refused: Any) -> None:
+        raise SystemExit(9)  # between a commit and whatever comes after it
+
+    for _ in range(3):
+        with monkeypatch.context() as patched:
+            patched.setattr(stocking.Tally, "add", killed)
+            assert run("codes", "import", "P", str(file), "--report", str(report)).exit_code == 9
+    ok("codes", "import", "P", str(file), "--report", str(report))
+    told = [int(number) for number in re.findall(r'^(?:\{"line":)?(\d+),', report.read_text(), re.MULTILINE)]
+    assert told == [2 + number for number in range(60) if number % 5 == 0]
+
+
+def test_the_same_id_never_goes_on_with_other_content(
+    pool: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "one.csv", tmp_path / "other.csv"
+    one.write_text("code\n" + "\n".join(numbered(30)))
+    other.write_text("code\n" + "\n".join(f"OTHER-{number}" for number in range(30)))
+    monkeypatch.setattr(stocking, "CHUNK_ROWS_MAX", 10)
+
+    def interrupted(self: Any, so_far: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(imports._Terminal, "progress", interrupted)
+        assert run("codes", "import", "P", str(one), "--id", "same").exit_code == 130
+    before = stored(pool)
+    for dry in ((), ("--dry-run",)):
+        refused("codes", "import", "P", str(other), "--id", "same", *dry, says="begun with other content")
+    assert stored(pool) == before
+    ok("codes", "import", "P", str(one), "--id", "same")
+    refused("codes", "import", "P", str(other), "--id", "same", says="begun with other content")
+    assert len(stored(pool)) == 30

@@ -246,7 +246,7 @@ async def test_commit_in_doubt_is_not_repeated(stage: Stage, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(stocking, "_tell", lost)
+        patched.setattr(stocking, "tell_stock", lost)
         with pytest.raises(KeyboardInterrupt):
             await _import(stage, file)
     assert (await stage.issue("early"))[0].status == "NONE"
