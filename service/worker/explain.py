@@ -105,6 +105,8 @@ async def explain(
     state = await read(scripts, seen.open, route.plan.candidates, distributor, terminal, outbox_max)
     verdicts = decide(route.plan.candidates, state, lambda cap: _counted(scripts, seen.open, cap, terminal, state.now))
     looked = tuple(_looked(catalogue, route, verdicts, distributor, products))
+    if not terminal and any(cap.field.endswith(":") for one in route.plan.candidates for cap in one.caps):
+        notes.append("caps per terminal are those of one that got nothing yet; --terminal names another")
     first = next((one for one in looked if one.standing in ("wins", "refilling", "backlog")), None)
     refused = route.unavailable(",".join(one.stop for one in verdicts)) if first is None else None
     outcome: str = refused.code if refused is not None else "issue"

@@ -71,8 +71,9 @@ async def settle(
     """The files of the day are in ``folder``, and last the manifest; what it says and where it is.
 
     One snapshot, one pass.  The same ledger gives the same bytes, so settling again changes nothing.  A distributor
-    that was given nothing has a file with nothing but the head.  Raises NotFound for an unknown distributor, Conflict
-    if a manifest is there whose digests are others (unless ``force``): then no file was changed.
+    that was given nothing has a file with nothing but the head.  A manifest is there only while it is true of the
+    files, whenever a run was killed.  Raises NotFound for an unknown distributor, Conflict if a manifest is there whose
+    digests are others (unless ``force``): then no file was changed.
     """
     written: dict[str, _Growing] = {}
     manifest_at = folder / f"settlement-{day.day}{f'.{distributor}' if distributor else ''}.manifest.json"
@@ -80,7 +81,8 @@ async def settle(
 
     def of(id: str) -> _Growing:
         if id not in written:
-            written[id] = _Growing(folder / f"settlement-{day.day}.{id}.{file_format}", file_format)
+            written[id] = _Growing(folder / f"settlement-{day.day}.{id}.{file_format}")
+            written[id].add(head(file_format), 0)
         return written[id]
 
     try:
@@ -109,6 +111,9 @@ async def settle(
         manifest = Manifest(day.day, day.time_zone, *bounds, file_format, files, totals)
         if not force:
             _refuse_other(manifest_at, manifest)
+        elif manifest_at.exists():
+            manifest_at.unlink()  # a manifest that is there is true of its files, also if this run dies among them
+            sync_folder(folder)
         for growing in written.values():
             growing.finish()
         sync_folder(folder)
@@ -123,11 +128,10 @@ async def settle(
 class _Growing:
     """One file that is being written, opened for each addition: there may be more of them than a process may open."""
 
-    def __init__(self, path: Path, file_format: Format) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.vouchers = self.bytes = 0
         self.digest = hashlib.sha256()
-        self.add(head(file_format), 0)
 
     def add(self, content: bytes, vouchers: int) -> None:
         with part_of(self.path).open("ab") as file:

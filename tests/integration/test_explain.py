@@ -119,10 +119,8 @@ def _same(said: Explanation, answer: Answer, route: Any) -> None:
         assert (said.outcome, said.winner) == ({"REFILL": "refilling", "BACKLOG": "backlog"}[answer.status], None)
 
 
-async def test_winner_and_reasons_are_what_issue_does_next(
-    migrated_sqlite_url: str, valkey_url: str, rng: random.Random
-) -> None:
-    database = Database.connect(migrated_sqlite_url)
+async def test_winner_and_reasons_are_what_issue_does_next(store_url: str, valkey_url: str, rng: random.Random) -> None:
+    database = Database.connect(store_url)
     statuses = set()
     try:
         async with staged(database, valkey_url) as stage:
@@ -195,7 +193,9 @@ def test_every_campaign_has_its_rule(store: OnStage) -> None:
         "LATE": "after",
     }  # fmt: skip
     assert "terminal cap per total: 0 of 0 used" in {one["why"] for one in found["campaigns"]}
+    assert not any("per terminal" in note for note in found["notes"])
     shown = ok("explain", DISTRIBUTOR, "PAY").stdout
+    assert "--terminal names another" in " ".join(shown.split())
     assert "a voucher of WINS" in shown
     assert "true at this moment" in shown
     assert max(map(len, shown.splitlines())) <= 90

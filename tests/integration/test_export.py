@@ -17,8 +17,10 @@ import orjson
 import pytest
 from sqlalchemy import update
 
+from service import keys
 from service.store import schema
 from service.store.ledger import Found
+from service.worker import settlement
 from service.worker.export import FIELDS, lines, part_of, whole_file
 from tests.integration.stage import Stage
 from tests.integration.typed import ok, refused, run, stocked, three_issued
@@ -205,3 +207,84 @@ def test_settlement_that_says_otherwise_is_not_overwritten(store: OnStage, tmp_p
     refused(*settle, says="is no manifest")
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     refused("ledger", "settle", "--day", today, "--output-dir", str(folder), says="the period is not over")
+
+
+def test_settlement_on_a_full_disk_is_told_and_leaves_nothing(store: OnStage, tmp_path: Path) -> None:
+    stocked(tmp_path)
+    store(_a_week_ago)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    part_of(folder / f"settlement-{DAY}.DIST-001.csv").symlink_to("/dev/full")
+    refused("ledger", "settle", "--day", DAY, "--output-dir", str(folder), says="No space left on device")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_manifest_is_there_only_while_it_is_true(
+    store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stocked(tmp_path)
+    ok("distributor", "create", "DIST-002", "--name", "Another one")
+    store(_a_week_ago)
+    folder = tmp_path / "out"
+    settle = ("ledger", "settle", "--day", DAY, "--output-dir", str(folder))
+    ok(*settle)
+
+    async def later(stage: Stage) -> None:
+        async with stage.database.write() as conn:
+            await conn.execute(update(schema.requests).values(issued_at=LAST_WEEK + 5))
+
+    store(later)
+    finish = settlement._Growing.finish
+
+    def killed(self: Any) -> None:
+        finish(self)
+        raise SystemExit(9)  # after the first file
+
+    with monkeypatch.context() as patched:
+        patched.setattr(settlement._Growing, "finish", killed)
+        assert run(*settle, "--force").exit_code == 9
+    assert not (folder / f"settlement-{DAY}.manifest.json").exists()
+    told = orjson.loads(ok(*settle, "--json").stdout)
+    for one in told["files"]:
+        assert hashlib.sha256((folder / one["file"]).read_bytes()).hexdigest() == one["sha256"]
+
+
+def test_a_period_with_vouchers_of_a_generation_that_was_left_is_refused(store: OnStage, tmp_path: Path) -> None:
+    stocked(tmp_path)
+
+    async def left_behind(stage: Stage) -> None:
+        await stage.refill.run_once()
+        await stage.issue("req-1")
+        redis, outbox = stage.scripts.redis, keys.outbox(0, 1)
+        _, entry = (await redis.xrange(outbox))[0]
+        other = {"replid": "0" * 40, "run_id": "0" * 40}  # another server, as far as anybody can tell
+        await redis.hset(keys.generation(0), mapping=other)
+        assert await stage.open() == 2
+        await redis.xadd(outbox, entry)  # a write of the old server that came late
+
+    store(left_behind)
+    soon = datetime.fromtimestamp(int(time.time()) + 1, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    deadline = time.monotonic() + 10
+    while "is not over" in (said := run("ledger", "export", "--until", soon)).stderr:
+        assert time.monotonic() < deadline
+    assert "still in the outbox" in said.stderr
+    store(lambda stage: stage.flush.drain(1))
+    assert _ids(ok("ledger", "export", "--until", soon).stdout) == ["req-1"]
+
+
+def test_a_code_that_was_wrongly_issued_twice_is_exported_twice_and_marked(store: OnStage, tmp_path: Path) -> None:
+    stocked(tmp_path)
+
+    async def twice(stage: Stage) -> None:
+        await stage.refill.run_once()
+        window = keys.window(0, 1, "CAMP-001")
+        code = await stage.scripts.redis.lindex(window, 0)
+        await stage.issue("req-1")
+        await stage.scripts.redis.lpush(window, code)  # nothing of ours does that
+        await stage.issue("req-2")
+        assert (await stage.flush.run_once()).incidents == 1
+
+    store(twice)
+    exported = [orjson.loads(line) for line in ok("ledger", "export", "--format", "ndjson").stdout.splitlines()]
+    assert [(one["request_id"], one["double"]) for one in exported] == [("req-1", False), ("req-2", True)]
+    assert exported[0]["voucher_code"] == exported[1]["voucher_code"]
