@@ -55,7 +55,7 @@ async def _planned(connection: AsyncConnection, wanted: Declaration, now: int) -
     made = plan(
         wanted,
         Existing(
-            {one.id: Pool(one.id, one.default_expires_at, one.least_life_s) for one in pools},
+            {one.id: Pool(one.id, one.default_expires_at, one.least_life_s, one.generator) for one in pools},
             {one.id: Distributor(one.id, one.name, one.active) for one in distributors},
             {one.campaign.id: _ordered(one.campaign) for one in await register.all_campaigns(connection)},
         ),
@@ -95,9 +95,16 @@ async def _carry_out(connection: AsyncConnection, made: Plan, now: int) -> None:
 async def _take(connection: AsyncConnection, step: Step, now: int) -> None:
     is_new = step.before is None
     match step.after:
-        case Pool(id, expires_at, least_life_s):
-            put = control.create_pool if is_new else control.change_pool
-            await put(connection, id, default_expires_at=expires_at, least_life_s=least_life_s, now=now)
+        case Pool(id, expires_at, least_life_s, generator):
+            if is_new:
+                await control.create_pool(
+                    connection, id, default_expires_at=expires_at, least_life_s=least_life_s, now=now,
+                    generator=generator,
+                )  # fmt: skip
+            else:
+                await control.change_pool(
+                    connection, id, default_expires_at=expires_at, least_life_s=least_life_s, now=now
+                )
         case Distributor(id, name, active):
             if is_new:
                 await control.create_distributor(connection, id, name, now)

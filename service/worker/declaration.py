@@ -47,11 +47,13 @@ class Form(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WantedPool(Form, frozen=True):
-    """``expires`` and ``least_life`` as `pool create` takes them; ``expires`` null: each code has to bring one."""
+    """Values as `pool create` takes them; ``expires`` null: each code has to bring one."""
 
     id: Id
     expires: str | UnsetType | None = UNSET
     least_life: str | int | UnsetType = UNSET
+    pattern: str | UnsetType = UNSET
+    expires_after: int | UnsetType = UNSET
 
 
 class WantedDistributor(Form, frozen=True):

@@ -436,3 +436,29 @@ def test_change_without_redis_is_said_not_to_be_in_force(
     assert "NOT YET IN FORCE" in result.stderr
     assert orjson.loads(result.stdout)["applied"] is True
     assert store(fence) == (0, 1)
+
+
+def test_a_generated_pool_is_made_and_stays_what_it_is(store: OnStage, tmp_path: Path) -> None:
+    file = tmp_path / "pools.yaml"
+    file.write_text("pools:\n- {id: ENDLESS, pattern: 'E-####-####*', expires_after: 30}\n")
+    ok("apply", str(file), "--yes")
+    made = shown("pool", "show", "ENDLESS")
+    assert (made["pattern"], made["expires_after_days"]) == ("E-####-####*", 30)
+    assert "Nothing is to be done" in ok("apply", str(file), "--yes").stdout
+    file.write_text("pools:\n- {id: ENDLESS, least_life: 1d}\n")
+    ok("apply", str(file), "--yes")
+    assert shown("pool", "show", "ENDLESS")["pattern"] == "E-####-####*"
+    ok("pool", "create", "PLAIN")
+    for entry, says in (
+        ("{id: ENDLESS, pattern: 'F-####-####*'}", "is for good"),
+        ("{id: ENDLESS, expires_after: 31}", "is for good"),
+        ("{id: PLAIN, pattern: 'E-####-####*'}", "is for good"),
+        ("{id: NEW, pattern: 'E-##', expires_after: 30}", "1,000,000 are wanted"),
+        ("{id: NEW, pattern: 'E-####-####*'}", "need an expiry"),
+        ("{id: NEW, expires_after: 30}", "goes with a pattern"),
+    ):
+        file.write_text(f"pools:\n- {entry}\n")
+        refused("apply", str(file), "--yes", says=says)
+    ok("pool", "create", "DATED", "--expires", "2040-01-01", "--pattern", "E-####-####*")
+    file.write_text("pools:\n- {id: DATED, expires: null}\n")
+    refused("apply", str(file), "--yes", says="no other expiry")
