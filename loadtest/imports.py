@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -280,13 +280,17 @@ def _on_cores(postgres: PostgresServer, layout: Layout) -> Iterator[None]:
     all_cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, layout.front)
-        for pid in postgres.pids():
-            os.sched_setaffinity(pid, layout.back)
+        _pin(postgres, layout.back)
         yield
     finally:
         os.sched_setaffinity(0, all_cores)
-        for pid in postgres.pids():
-            os.sched_setaffinity(pid, all_cores)
+        _pin(postgres, all_cores)
+
+
+def _pin(postgres: PostgresServer, cores: set[int]) -> None:
+    for pid in postgres.pids():
+        with suppress(ProcessLookupError):  # an autovacuum worker that has ended meanwhile
+            os.sched_setaffinity(pid, cores)
 
 
 class Voucherd:
