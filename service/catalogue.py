@@ -6,15 +6,15 @@ may still be used; so nothing here needs to expire, and nothing decided from it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
 
-from service.domain import Considered, Rule, Stop, Unavailable
+from service.domain import Considered, Nothing, Rule, Stop, Terms, Unavailable
 from service.scripts import Candidate, CountedCap, Counter, Plan
 from service.tokens import digest
 
@@ -27,6 +27,10 @@ CANDIDATES_MAX: Final = 16
 
 # Routes remembered per catalogue: a distributor sends few combinations of products.  One is about 2 KB.
 ROUTES_MAX: Final = 10_000
+
+# Cents that a client may ask an open-value voucher to be worth (api-v3).
+FACE_VALUE_MIN: Final = 100
+FACE_VALUE_MAX: Final = 100_000
 
 # Entries decoded before the event loop gets its turn: about 2 ms.
 SLICE: Final = 500
@@ -69,10 +73,42 @@ class Pool(msgspec.Struct, frozen=True, array_like=True):
     least_life_s: int
 
 
+class Product(msgspec.Struct, frozen=True, array_like=True):
+    """What Client API v3 sells.  The campaign with its code for an id, which serves nothing else, says from which pool,
+    when, to whom and under which caps.  ``unlimited``: its pool is one that never runs dry."""
+
+    code: str
+    terms: Terms
+    description: str
+    expiry_scheme: str
+    image: str
+    terms_and_conditions: str
+    unlimited: bool
+
+
+class Client(msgspec.Struct, frozen=True, array_like=True):
+    """Who may ask for access tokens: ``secret_sha256`` is hex; ``scopes`` are those it may have, without a prefix."""
+
+    distributor: str
+    secret_sha256: str
+    scopes: tuple[str, ...]
+    active: bool
+
+
+class SigningKey(msgspec.Struct, frozen=True, array_like=True):
+    """What access tokens are signed with.  ``public`` is its JWK, ``sealed`` the private half; ``verifies_until`` is
+    Unix seconds from which on no token can be of it any more, 0: it is the one that signs."""
+
+    kid: str
+    public: str
+    sealed: str
+    verifies_until: int
+
+
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     """Everything issuing needs to know of the control plane at one version.
 
-    ``tokens``: SHA-256 of the token, hex -> distributor.  ``distributors``: id -> active?
+    ``tokens``: SHA-256 of the token, hex -> distributor.  ``distributors``: id -> active?  ``clients``: by their ids.
     """
 
     version: int
@@ -80,6 +116,9 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     distributors: dict[str, bool]
     pools: tuple[Pool, ...]
     campaigns: tuple[Campaign, ...]
+    products: tuple[Product, ...] = ()
+    clients: dict[str, Client] = {}
+    signing_keys: tuple[SigningKey, ...] = ()
 
 
 class _Slices(msgspec.Struct, frozen=True, array_like=True):
@@ -90,7 +129,11 @@ class _Slices(msgspec.Struct, frozen=True, array_like=True):
 def encode(snapshot: Snapshot) -> bytes:
     """The snapshot as it is published: slices, so that a process can load a large one without standing still."""
     tokens, distributors = list(snapshot.tokens.items()), list(snapshot.distributors.items())
-    longest = max(len(tokens), len(distributors), len(snapshot.pools), len(snapshot.campaigns), 1)
+    clients = list(snapshot.clients.items())
+    parts: tuple[Sized, ...] = (
+        tokens, distributors, snapshot.pools, snapshot.campaigns, snapshot.products, clients, snapshot.signing_keys,
+    )  # fmt: skip
+    longest = max(1, *map(len, parts))
     slices = [
         Snapshot(
             snapshot.version,
@@ -98,6 +141,9 @@ def encode(snapshot: Snapshot) -> bytes:
             dict(distributors[i : i + SLICE]),
             snapshot.pools[i : i + SLICE],
             snapshot.campaigns[i : i + SLICE],
+            snapshot.products[i : i + SLICE],
+            dict(clients[i : i + SLICE]),
+            snapshot.signing_keys[i : i + SLICE],
         )
         for i in range(0, longest, SLICE)
     ]
@@ -111,20 +157,12 @@ def load(blob: bytes) -> Iterator[Catalogue | None]:
     """
     published = msgspec.json.decode(blob, type=_Slices)
     decoder = msgspec.json.Decoder(Snapshot)
-    tokens: dict[str, str] = {}
-    distributors: dict[str, bool] = {}
-    pools: dict[str, Pool] = {}
-    by_product: dict[str, list[Campaign]] = {}
+    catalogue = Catalogue(published.version)
     for raw in published.slices:
-        part = decoder.decode(raw)
-        tokens.update(part.tokens)
-        distributors.update(part.distributors)
-        pools.update((pool.id, pool) for pool in part.pools)
-        for campaign in part.campaigns:
-            for product in campaign.products:
-                by_product.setdefault(product, []).append(campaign)
+        catalogue._add(decoder.decode(raw))
         yield None
-    yield Catalogue(published.version, tokens, distributors, pools, by_product)
+    catalogue._sort()
+    yield catalogue
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):
@@ -136,6 +174,7 @@ class Route(msgspec.Struct, frozen=True, eq=False):
 
     plan: Plan
     looked_at: tuple[tuple[str, str, int | Stop], ...]
+    nothing: Nothing = "no_campaign"  # why, if there is nothing to look at
 
     def unavailable(self, stops: str) -> Unavailable:
         """The answer when no candidate may issue.  ``stops``: the script's words, one a candidate."""
@@ -144,17 +183,17 @@ class Route(msgspec.Struct, frozen=True, eq=False):
             Considered(product, campaign, _STOPS[words[found]] if isinstance(found, int) else found)
             for product, campaign, found in self.looked_at
         )
-        furthest = max((_FURTHEST.index(_CODES[one.stopped_by]) for one in considered), default=0)
-        return Unavailable(_FURTHEST[furthest], considered)
+        if not considered:
+            return Unavailable(self.nothing, ())
+        return Unavailable(max((_CODES[one.stopped_by] for one in considered), key=_FURTHEST.index), considered)
 
 
 _STOPS: Final[dict[str, Stop]] = {
     "before": "before", "after": "after", "capped": "cap_reached", "exhausted": "exhausted",
 }  # fmt: skip
-_FURTHEST: Final[tuple[Literal["no_campaign", "not_running", "cap_reached", "exhausted"], ...]] = (
-    "no_campaign", "not_running", "cap_reached", "exhausted",
-)  # fmt: skip
-_CODES: Final[dict[Stop, str]] = {
+_Stopped = Literal["not_running", "cap_reached", "exhausted"]
+_FURTHEST: Final[tuple[_Stopped, ...]] = get_args(_Stopped)
+_CODES: Final[dict[Stop, _Stopped]] = {
     "paused": "not_running",
     "before": "not_running",
     "after": "not_running",
@@ -163,33 +202,82 @@ _CODES: Final[dict[Stop, str]] = {
 }
 
 
+def credential_of(kid: str, client: str) -> str:
+    """A client whose access token was verified with the signing key ``kid``, as it is authenticated by a catalogue.
+
+    Both are looked up there, so neither a suspended client nor a revoked key lets anyone in (P6).
+    """
+    return f"{kid}:{client}"  # no token has a colon
+
+
 class Catalogue:
     """One published version, indexed.  Immutable but for its memos of routes and of tokens that were shown."""
 
-    def __init__(
-        self,
-        version: int,
-        tokens: dict[str, str],
-        distributors: dict[str, bool],
-        pools: dict[str, Pool],
-        by_product: dict[str, list[Campaign]],
-    ) -> None:
+    def __init__(self, version: int) -> None:
+        """Nothing is in it; ``load`` makes those that hold something."""
         self.version = version
-        self._tokens = tokens
-        self._distributors = distributors
-        self._pools = pools
-        self._by_product = {
-            product: sorted(campaigns, key=lambda campaign: campaign.rank) for product, campaigns in by_product.items()
-        }
+        self.signing_keys: tuple[SigningKey, ...] = ()
+        self._tokens: dict[str, str] = {}
+        self._distributors: dict[str, bool] = {}
+        self._pools: dict[str, Pool] = {}
+        self._campaigns: dict[str, Campaign] = {}
+        self._by_product: dict[str, list[Campaign]] = {}
+        self._products: dict[str, Product] = {}
+        self._clients: dict[str, Client] = {}
         self._owners: dict[str, str] = {}
-        self._routes: dict[tuple[str, tuple[str, ...]], Route] = {}
+        self._routes: dict[tuple[str, str | tuple[str, ...], object], Route] = {}
 
-    def distributor(self, token: str) -> str | None:
-        """Whose token it is, None if nobody's at this version."""
-        distributor = self._owners.get(token)
-        if distributor is None and (distributor := self._tokens.get(digest(token))) is not None:
-            self._owners[token] = distributor  # known tokens only, so it never outgrows the credentials
+    def _add(self, part: Snapshot) -> None:
+        self._tokens.update(part.tokens)
+        self._distributors.update(part.distributors)
+        self._pools.update((pool.id, pool) for pool in part.pools)
+        for campaign in part.campaigns:
+            self._campaigns[campaign.id] = campaign
+            for product in campaign.products:
+                self._by_product.setdefault(product, []).append(campaign)
+        self._products.update((product.code, product) for product in part.products)
+        self._clients.update(part.clients)
+        self.signing_keys += part.signing_keys
+
+    def _sort(self) -> None:
+        for campaigns in self._by_product.values():
+            campaigns.sort(key=lambda campaign: campaign.rank)
+
+    def distributor(self, credential: str) -> str | None:
+        """Whose token or client it is: None if nobody's at this version, '' if the client is suspended.
+
+        A token stands for itself; a client, whose access token was verified, as ``credential_of`` writes it.
+        """
+        distributor = self._owners.get(credential)
+        if distributor is None and (distributor := self._owner(credential)):
+            self._owners[credential] = distributor  # known ones only, so it never outgrows the credentials
         return distributor
+
+    def _owner(self, credential: str) -> str | None:
+        kid, colon, id = credential.partition(":")
+        if not colon:
+            return self._tokens.get(digest(credential))
+        client = self._clients.get(id)
+        if client is None or all(key.kid != kid for key in self.signing_keys):
+            return None
+        return client.distributor if client.active else ""
+
+    def client(self, id: str) -> Client | None:
+        """The client at this version, suspended or not."""
+        return self._clients.get(id)
+
+    def product(self, code: str) -> tuple[Product, Campaign] | None:
+        """The product at this version, whoever it is assigned to, and the campaign that it is issued by."""
+        product = self._products.get(code)
+        return None if product is None else (product, self._campaigns[code])
+
+    def products_of(self, distributor: str) -> list[tuple[Product, Campaign]]:
+        """The products that are assigned to the distributor, by their codes."""
+        assigned = ((product, self._campaigns[product.code]) for product in self._products.values())
+        return sorted(
+            ((product, campaign) for product, campaign in assigned if distributor in campaign.assigned),
+            key=lambda pair: pair[0].code,
+        )
 
     def active(self, distributor: str) -> bool:
         """Whether the distributor exists and is not suspended at this version."""
@@ -209,17 +297,42 @@ class Catalogue:
 
     def pools(self) -> list[str]:
         """Pools that some campaign issues from."""
-        return sorted({campaign.pool for campaigns in self._by_product.values() for campaign in campaigns})
+        return sorted({campaign.pool for campaign in self._campaigns.values()})
 
     def route(self, distributor: str, products: tuple[str, ...]) -> Route:
         """What to try, in the order of api-v1 "Choice of the campaign"; the same Route for the same question."""
-        question = (distributor, products)
-        route = self._routes.get(question)
-        if route is None:
-            if len(self._routes) >= ROUTES_MAX:
-                self._routes.clear()
-            route = self._routes[question] = self._make_route(distributor, products)
+        question = (distributor, products, None)
+        return self._routes.get(question) or self._remember(question, self._make_route(distributor, products))
+
+    def product_route(self, distributor: str, code: str, face_value: int | None, id_key: str) -> Route:
+        """What to try for a product of api-v3, asked for with this face value; ids are to be derived with ``id_key``.
+
+        The same Route for the same question, and for all face values that are as good.
+        """
+        fits = face_value is None or FACE_VALUE_MIN <= face_value <= FACE_VALUE_MAX
+        question = (distributor, code, (face_value is None, fits, id_key))
+        return self._routes.get(question) or self._remember(
+            question, self._make_product_route(distributor, code, face_value is None, fits, id_key)
+        )
+
+    def _remember(self, question: tuple[str, str | tuple[str, ...], object], route: Route) -> Route:
+        if len(self._routes) >= ROUTES_MAX:
+            self._routes.clear()
+        self._routes[question] = route
         return route
+
+    def _make_product_route(self, distributor: str, code: str, no_face: bool, fits: bool, id_key: str) -> Route:
+        if (found := self.product(code)) is None:
+            return Route(Plan(()), (), "no_product")
+        product, campaign = found
+        if distributor not in campaign.assigned:
+            return Route(Plan(()), (), "not_assigned")
+        if product.terms.is_open_value == no_face or not fits:
+            return Route(Plan(()), (), "face_value")
+        if campaign.paused:
+            return Route(Plan(()), ((code, code, "paused"),))
+        rule = Rule(code, campaign.pool, "", code, campaign.until, id_key, product.terms.pack())
+        return Route(Plan((self._candidate(campaign, rule, distributor),)), ((code, code, 0),))
 
     def _make_route(self, distributor: str, products: tuple[str, ...]) -> Route:
         candidates: list[Candidate] = []
@@ -235,11 +348,12 @@ class Catalogue:
                 # A campaign that serves two of the products would be stopped by the same rule twice.
                 if campaign.id not in index_of:
                     index_of[campaign.id] = len(candidates)
-                    candidates.append(self._candidate(campaign, product, distributor))
+                    rule = Rule(campaign.id, campaign.pool, campaign.category, product, campaign.until)
+                    candidates.append(self._candidate(campaign, rule, distributor))
                 looked_at.append((product, campaign.id, index_of[campaign.id]))
         return Route(Plan(tuple(candidates)), tuple(looked_at))
 
-    def _candidate(self, campaign: Campaign, product: str, distributor: str) -> Candidate:
+    def _candidate(self, campaign: Campaign, rule: Rule, distributor: str) -> Candidate:
         limits: dict[tuple[Counter, str], int] = {}
         for cap in (*campaign.caps, *campaign.assigned[distributor]):
             counted = (Counter(campaign.id, cap.period, campaign.time_zone), cap_field(cap.holder, distributor))
@@ -249,7 +363,7 @@ class Catalogue:
             least_life_s=self._pools[campaign.pool].least_life_s,
             starts_at=campaign.starts_at,
             until=campaign.until,
-            rule=Rule(campaign.id, campaign.pool, campaign.category, product, campaign.until).pack(),
+            rule=rule.pack(),
             caps=tuple(CountedCap(counter, field, limit) for (counter, field), limit in limits.items()),
         )
 

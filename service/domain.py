@@ -5,14 +5,15 @@ bytes are the replay record, the outbox's content and the source of every answer
 byte-identical.  Its first line is the layout; a new layout gets a new number and keeps the old reader.
 
     1                                     layout
-    <payload>                             what the client asked for, canonical, after the terminal (may be '') and a
+    <payload>                             what the client asked for, canonical, after the terminal ('' on v3) and a
                                           tab; compared on a replay
-    <api>                                 v1
+    <api>                                 v1 or v3
     <distributor>
     <client>                              whose keys these are; the distributor itself on v1
-    <key>                                 v1: request_id
+    <key>                                 v1: request_id; v3: Idempotency-Key, a UUID in lower case
     <issued_at>                           Unix seconds, by the Redis server's clock
-    <rule>                                campaign, pool, category, product, until (0: open), tab-separated
+    <rule>                                campaign, pool, category, product, until (0: open), tab-separated; on v3
+                                          two more: the id key, and the product's terms
     <code> ...                            one line a code: expires_at, lot, seq, code, serial, tab-separated
 
 No field may hold a control character; what comes from outside is validated before it gets here.
@@ -58,22 +59,65 @@ class Code(msgspec.Struct, frozen=True):
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """Which campaign turned which of the products asked for into a code.  ``until`` is Unix seconds, 0 if open."""
+    """Which campaign turned which of the products asked for into a code.  ``until`` is Unix seconds, 0 if open.
+
+    On v3 ``id_key`` names what the vouchers' ids are derived with, and ``terms`` is what the product said of its
+    vouchers then (``Terms``, packed); both are '' on v1.
+    """
 
     campaign: str
     pool: str
     category: str
     product: str
     until: int
+    id_key: str = ""
+    terms: str = ""
 
     def pack(self) -> str:
-        return f"{self.campaign}\t{self.pool}\t{self.category}\t{self.product}\t{self.until}"
+        packed = f"{self.campaign}\t{self.pool}\t{self.category}\t{self.product}\t{self.until}"
+        return f"{packed}\t{self.id_key}\t{self.terms}" if self.id_key else packed
 
     @classmethod
     def unpack(cls, line: str) -> Rule:
         """Raises ValueError if ``line`` is not a packed rule."""
-        campaign, pool, category, product, until = line.split("\t")
-        return cls(campaign, pool, category, product, int(until))
+        campaign, pool, category, product, until, *rest = line.split("\t")
+        if not rest:
+            return cls(campaign, pool, category, product, int(until))
+        id_key, terms = rest
+        if not id_key:
+            raise ValueError("a rule with terms names its id key")
+        return cls(campaign, pool, category, product, int(until), id_key, terms)
+
+
+class Terms(msgspec.Struct, frozen=True, array_like=True):
+    """What a product says of each of its vouchers: it goes into the record, so a replay says the same when the product
+    was changed since.
+
+    ``name`` may hold ``${FV}`` if ``is_open_value``.  ``amount`` is cents, or items if not ``is_value_based``; None if
+    the face value is the client's.  ``expiry``: '' (the code's own), ``until:<Unix seconds>``, or ``days:N``,
+    ``months:N``, ``years:N`` from issuance to the end of the day in ``time_zone``.  ``url`` and ``short_url`` are what
+    an id and a short link are appended to; '' for no short link.
+    """
+
+    name: str
+    is_value_based: bool
+    is_open_value: bool
+    is_status_available: bool
+    is_multiple_use: bool
+    currency: str
+    amount: int | None
+    expiry: str
+    time_zone: str
+    url: str
+    short_url: str
+
+    def pack(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def unpack(cls, text: str) -> Terms:
+        """Raises ValueError if ``text`` is not packed terms."""
+        return msgspec.json.decode(text, type=cls)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -113,7 +157,7 @@ class Request(msgspec.Struct, frozen=True):
     """One request as the hot path sees it, whichever API it came by.  All fields are validated.
 
     ``payload`` is the canonical text compared on a replay and begins with the terminal and a tab, ``products`` what
-    to look for in this order, ``quantity`` 1..20 codes under this one key.
+    to look for in this order, ``quantity`` 1..20 codes under this one key, ``face_value`` cents if one was sent.
     """
 
     api: str
@@ -123,6 +167,7 @@ class Request(msgspec.Struct, frozen=True):
     products: tuple[str, ...]
     payload: str
     quantity: int = 1
+    face_value: int | None = None
 
     @property
     def terminal(self) -> str:
@@ -152,10 +197,14 @@ class Considered(msgspec.Struct, frozen=True):
     stopped_by: Stop
 
 
+# Why there is no campaign to look at.
+Nothing = Literal["no_campaign", "no_product", "not_assigned", "face_value"]
+
+
 class Unavailable(msgspec.Struct, frozen=True):
     """No campaign may issue.  ``code`` says how far the furthest candidate got; nothing was issued."""
 
-    code: Literal["no_campaign", "not_running", "cap_reached", "exhausted"]
+    code: Nothing | Literal["not_running", "cap_reached", "exhausted"]
     considered: tuple[Considered, ...]
 
 
@@ -166,7 +215,7 @@ class Unauthorized(msgspec.Struct, frozen=True):
 
 
 class Suspended(msgspec.Struct, frozen=True):
-    """The distributor is suspended, by a catalogue that is in force."""
+    """The distributor, or its client, is suspended, by a catalogue that is in force."""
 
 
 class Busy(msgspec.Struct, frozen=True):

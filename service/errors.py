@@ -50,6 +50,10 @@ class Misconfigured(Fault):
     """A setting can't be used."""
 
 
+class UnknownIdKey(Misconfigured):
+    """Voucher ids were derived with a key that the secrets file does not hold."""
+
+
 class NotFound(Fault):
     """There is no such thing in the control plane."""
 

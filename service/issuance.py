@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
@@ -60,6 +60,8 @@ REFILL_RETRY_S_MAX: Final = 0.1
 BREAKER_FAILURES: Final = 3
 BREAKER_PROBE_S: Final = 0.2
 
+T = TypeVar("T")
+
 LoadCatalogue = Callable[[int], Awaitable[Catalogue]]
 Lookup = Callable[[Sequence[Request]], Awaitable[Mapping[Request, Record]]]
 
@@ -68,7 +70,8 @@ class Issuer:
     """Issues vouchers for one process and one partition.
 
     ``load_catalogue(version)`` gives a catalogue of at least that version (0: the newest) and raises a Fault if it
-    can't; ``lookup`` says which requests the ledger knows by key, for the time that records are being restored.
+    can't; ``lookup`` says which requests the ledger knows by key, for the time that records are being restored;
+    ``id_key`` names what ids of new vouchers are to be derived with.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Issuer:
         queue_max: int,
         deadline_s: float,
         distributor_rate_max: int = 0,
+        id_key: str = "",
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -93,6 +97,7 @@ class Issuer:
         self._queue_max = queue_max
         self._deadline_s = deadline_s
         self._rates = _Rates(distributor_rate_max)
+        self._id_key = id_key
         self._clock = clock
         self._unix_clock = unix_clock
 
@@ -115,9 +120,10 @@ class Issuer:
 
     # --- what the web asks ---------------------------------------------------------------------------------------
 
-    def submit(self, token: str, request: Request, answered: Callable[[Outcome], None]) -> None:
+    def submit(self, credential: str, request: Request, answered: Callable[[Outcome], None]) -> None:
         """Calls ``answered`` once, now or later, with the outcome.  Whatever it is, sending the request again is safe.
 
+        ``credential``: what ``Catalogue.distributor`` takes.
         ``Issued`` is durable when it is told.  ``Busy`` may mean that the outcome is unknown: the same key gets the
         same voucher then.  Everything else: nothing was issued.
         """
@@ -127,27 +133,30 @@ class Issuer:
         if busy is not None:
             answered(busy)
             return
-        self._queue.append(_Waiting(token, request, answered, self._clock() + self._deadline_s))  # type: ignore[arg-type]
+        self._queue.append(_Waiting(credential, request, answered, self._clock() + self._deadline_s))
         self._queued_vouchers += request.quantity
         self._expect_answer()
 
-    async def issue(self, token: str, request: Request) -> Outcome:
+    async def issue(self, credential: str, request: Request) -> Outcome:
         """The outcome of one request, as ``submit`` tells it."""
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.submit(token, request, partial(_resolve, outcome))
+        self.submit(credential, request, partial(_resolve, outcome))
         return await outcome
 
-    async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy:
-        """Whose ``token`` is, by a catalogue that was in force after this call began."""
+    async def authenticate(self, credential: str) -> Authenticated | Unauthorized | Suspended | Busy:
+        """Whose ``credential`` it is, by a catalogue that was in force after this call began."""
+        return await self.confirm(partial(_authenticated, credential))
+
+    async def confirm(self, judge: Callable[[Catalogue], T]) -> T | Busy:
+        """What ``judge``, which must not raise, says of a catalogue that was in force after this call began."""
         if (busy := self._busy()) is not None:
             return busy
         if len(self._checks) >= CHECKS_MAX:
             return OVERLOADED
-        who: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._checks.append(_Waiting(token, None, partial(_resolve, who), self._clock() + self._deadline_s))
+        said: asyncio.Future[T | Busy] = asyncio.get_running_loop().create_future()
+        self._checks.append(_Waiting("", None, partial(_resolve, said), self._clock() + self._deadline_s, judge))
         self._expect_answer()
-        checked: Authenticated | Unauthorized | Suspended | Busy = await who
-        return checked
+        return await said
 
     @property
     def ready(self) -> bool:
@@ -231,26 +240,35 @@ class Issuer:
 
     def _route(
         self, catalogue: Catalogue, batch: Iterable[_Waiting]
-    ) -> tuple[list[tuple[_Waiting, Route]], list[tuple[_Waiting, Outcome | Authenticated]]]:
-        """Who may ask, and what to try for each: by this catalogue, so by the fence that the script confirms."""
+    ) -> tuple[list[tuple[_Waiting, Route]], list[tuple[_Waiting, object]]]:
+        """Who may ask, and what to try for each: by this catalogue, so by the fence that the script confirms.
+
+        With those that are refused, or only asked what a catalogue says, goes what they are to be told.
+        """
         routed: list[tuple[_Waiting, Route]] = []
-        refused: list[tuple[_Waiting, Outcome | Authenticated]] = []
+        refused: list[tuple[_Waiting, object]] = []
         for waiting in batch:
-            request, distributor = waiting.request, catalogue.distributor(waiting.token)
-            if distributor is None:
-                refused.append((waiting, TOKEN_UNKNOWN))
-            elif request is not None and request.distributor != distributor:
+            if waiting.judge is not None:
+                refused.append((waiting, waiting.judge(catalogue)))
+                continue
+            request, distributor = waiting.the_request, catalogue.distributor(waiting.credential)
+            if not distributor:
+                refused.append((waiting, TOKEN_UNKNOWN if distributor is None else SUSPENDED))
+            elif request.distributor != distributor:
                 refused.append((waiting, DISTRIBUTOR_MISMATCH))
             elif not catalogue.active(distributor):
                 refused.append((waiting, SUSPENDED))
-            elif request is None:
-                refused.append((waiting, Authenticated(distributor)))
             elif not waiting.admitted and not self._rates.admit(distributor, self._clock()):
                 refused.append((waiting, RATE_LIMITED))
             else:
                 waiting.admitted = True  # asked again after a refill or a newer catalogue it is not counted again
-                routed.append((waiting, catalogue.route(distributor, request.products)))
+                routed.append((waiting, self._route_of(catalogue, distributor, request)))
         return routed, refused
+
+    def _route_of(self, catalogue: Catalogue, distributor: str, request: Request) -> Route:
+        if request.api == "v1":
+            return catalogue.route(distributor, request.products)
+        return catalogue.product_route(distributor, request.products[0], request.face_value, self._id_key)
 
     async def _call(self, catalogue: Catalogue, routed: Sequence[tuple[_Waiting, Route]]) -> Reply:
         if not routed:
@@ -290,7 +308,7 @@ class Issuer:
         self,
         catalogue: Catalogue,
         routed: Sequence[tuple[_Waiting, Route]],
-        refused: Sequence[tuple[_Waiting, Outcome | Authenticated]],
+        refused: Sequence[tuple[_Waiting, object]],
     ) -> None:
         """Redis is full: what was issued is answered, nothing new is."""
         reply = await self._scripts.replay(
@@ -306,7 +324,7 @@ class Issuer:
 
     # --- answer --------------------------------------------------------------------------------------------------
 
-    def _answer_refused(self, refused: Iterable[tuple[_Waiting, Outcome | Authenticated]]) -> None:
+    def _answer_refused(self, refused: Iterable[tuple[_Waiting, object]]) -> None:
         for waiting, outcome in refused:
             self._answer(waiting, outcome)
 
@@ -379,7 +397,7 @@ class Issuer:
         self._queued_vouchers += sum(one.vouchers for one in waiting)
         self._work_to_do.set()
 
-    def _answer(self, waiting: _Waiting, outcome: Outcome | Authenticated) -> None:
+    def _answer(self, waiting: _Waiting, outcome: object) -> None:
         if waiting.done:
             return
         waiting.done = True
@@ -425,12 +443,13 @@ class Issuer:
 
 
 class _Waiting(msgspec.Struct, eq=False):
-    """One request that waits for its answer; ``request`` is None if only the token is asked about."""
+    """One request that waits for its answer; without a ``request``, for what ``judge`` says of a catalogue in force."""
 
-    token: str
+    credential: str
     request: Request | None
-    answered: Callable[[Outcome | Authenticated], None]
+    answered: Callable[[Any], None]
     deadline: float
+    judge: Callable[[Catalogue], object] | None = None
     done: bool = False
     admitted: bool = False
     looked_up_in: int = -1  # the generation that was open when the ledger was found not to know the key
@@ -476,6 +495,14 @@ KEY_REUSED: Final = KeyReused()
 def _resolve(future: asyncio.Future[Any], outcome: object) -> None:
     if not future.done():  # whoever waited may have gone
         future.set_result(outcome)
+
+
+def _authenticated(credential: str, catalogue: Catalogue) -> Authenticated | Unauthorized | Suspended:
+    """Whose ``credential`` it is at this version."""
+    distributor = catalogue.distributor(credential)
+    if distributor is None:
+        return TOKEN_UNKNOWN
+    return Authenticated(distributor) if catalogue.active(distributor) else SUSPENDED
 
 
 def _settled(answer: Answer) -> Issued | KeyReused:

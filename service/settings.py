@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """address of metrics and health"""
     ops_port: Port = 8081
     """port of metrics and health, 0 picks a free one"""
+    secrets_file: str = ""
+    """file with the keys of voucher ids and of sealing, `voucherd keys create` makes it; without it no Client API v3"""
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """processes that serve the public API"""
     planned_rate: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 50

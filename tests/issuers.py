@@ -74,21 +74,21 @@ class FakeIssuer:
     async def drain(self) -> None:
         self.draining = True
 
-    async def authenticate(self, token: str) -> Authenticated | Unauthorized | Suspended | Busy:
+    async def authenticate(self, credential: str) -> Authenticated | Unauthorized | Suspended | Busy:
         self.authenticated += 1
         if self.authentication is not None:
             return self.authentication
-        return Authenticated(DISTRIBUTOR) if token == TOKEN else Unauthorized("token_unknown")
+        return Authenticated(DISTRIBUTOR) if credential == TOKEN else Unauthorized("token_unknown")
 
-    def submit(self, token: str, request: Request, answered: Callable[[Outcome], None]) -> None:
+    def submit(self, credential: str, request: Request, answered: Callable[[Outcome], None]) -> None:
         if self.fault is not None:
             raise self.fault
-        task = asyncio.ensure_future(self.issue(token, request))
+        task = asyncio.ensure_future(self.issue(credential, request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda done: answered(done.result()))
 
-    async def issue(self, token: str, request: Request) -> Outcome:
+    async def issue(self, credential: str, request: Request) -> Outcome:
         self.asked.append(request)
         if self.gate is not None:
             await self.gate.wait()
@@ -96,7 +96,7 @@ class FakeIssuer:
             raise self.fault
         if self.outcome is not None:
             return self.outcome(request) if callable(self.outcome) else self.outcome
-        if token != TOKEN:
+        if credential != TOKEN:
             return Unauthorized("token_unknown")
         if request.distributor != DISTRIBUTOR:
             return Unauthorized("distributor_mismatch")

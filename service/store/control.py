@@ -15,7 +15,8 @@ from typing import Final
 from sqlalchemy import insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.catalogue import Campaign, Cap, Pool, Snapshot
+from service.catalogue import Campaign, Cap, Client, Pool, Product, SigningKey, Snapshot
+from service.domain import Terms
 from service.errors import Conflict, NotFound
 from service.store.schema import (
     assignments,
@@ -25,9 +26,12 @@ from service.store.schema import (
     caps,
     catalogue_head,
     catalogue_versions,
+    clients,
     credentials,
     distributors,
     pools,
+    products,
+    signing_keys,
 )
 
 ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -195,6 +199,14 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
     ):
         assigned[campaign][distributor] = tuple(limits[campaign, distributor])
     rules = await connection.execute(select(campaigns).order_by(campaigns.c.id))
+    sold = await connection.execute(
+        select(products, campaigns.c.time_zone, pools.c.generator)
+        .join(campaigns, campaigns.c.id == products.c.code)
+        .join(pools, pools.c.id == campaigns.c.pool)
+        .order_by(products.c.code)
+    )
+    asking = await connection.execute(select(clients).order_by(clients.c.id))
+    signing = await connection.execute(select(signing_keys).order_by(signing_keys.c.made_at, signing_keys.c.kid))
     return Snapshot(
         version=version,
         tokens={row.token_sha256: row.distributor for row in tokens},
@@ -216,6 +228,22 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
             )
             for row in rules
         ),
+        products=tuple(
+            Product(
+                code=row.code,
+                terms=Terms(*(row._mapping[name] for name in Terms.__struct_fields__)),
+                description=row.description,
+                expiry_scheme=row.expiry_scheme,
+                image=row.image,
+                terms_and_conditions=row.terms_and_conditions,
+                unlimited=row.generator is not None,
+            )
+            for row in sold
+        ),
+        clients={
+            row.id: Client(row.distributor, row.secret_sha256, tuple(row.scopes.split()), row.active) for row in asking
+        },
+        signing_keys=tuple(SigningKey(row.kid, row.public, row.sealed, row.verifies_until or 0) for row in signing),
     )
 
 

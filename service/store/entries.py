@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from service.domain import RECORD_SEPARATOR, Code, Record
+from service.identity import IdKeys
 from service.store.schema import LITTLE_LIFE, WITHDRAWN
 from service.store.stock import digest
 
@@ -90,6 +91,8 @@ class RequestRow(NamedTuple):
     category: str
     product: str
     until: int
+    id_key: str
+    terms: str
     issued_at: int
     flushed_at: int
 
@@ -108,6 +111,9 @@ class IssuanceRow(NamedTuple):
     serial: str
     expires_at: int
     digest: bytes
+    voucher_id: bytes | None
+    short: str | None
+    pin: int | None
 
 
 class AsideRow(NamedTuple):
@@ -131,8 +137,11 @@ class Rows(NamedTuple):
     asides: list[AsideRow]
 
 
-def rows_of(entries: Sequence[Entry], now: int) -> Rows:
-    """The rows that hold ``entries``, which are fit and sorted by position."""
+def rows_of(entries: Sequence[Entry], now: int, ids: IdKeys) -> Rows:
+    """The rows that hold ``entries``, which are fit and sorted by position.
+
+    Raises UnknownIdKey if a record's ids were derived with a key that is not of ``ids``.
+    """
     rows = Rows([], [], [])
     for entry in entries:
         partition, generation, outbox_seq = entry.position
@@ -143,14 +152,18 @@ def rows_of(entries: Sequence[Entry], now: int) -> Rows:
                 RequestRow(
                     partition, generation, outbox_seq, first, len(record.codes), record.api, record.distributor,
                     record.client, record.key, record.payload, record.terminal, rule.campaign, rule.pool,
-                    rule.category, rule.product, rule.until, record.issued_at, now,
+                    rule.category, rule.product, rule.until, rule.id_key, rule.terms, record.issued_at, now,
                 )
             )  # fmt: skip
             for code in record.codes:
+                known_by: tuple[bytes | None, str | None, int | None] = (None, None, None)
+                if rule.id_key:
+                    voucher_id, short, pin = ids.identity(rule.id_key, code.lot, code.seq)
+                    known_by = (voucher_id.to_bytes(16, "big"), short, pin)
                 rows.issuances.append(
                     IssuanceRow(
                         partition, generation, outbox_seq, ordinal, first, code.lot, code.seq, code.code, code.serial,
-                        code.expires_at, digest(code.code),
+                        code.expires_at, digest(code.code), *known_by,
                     )
                 )  # fmt: skip
                 ordinal += 1
@@ -172,7 +185,7 @@ def unfit(entry: Entry) -> str | None:
             return "a record without a code"
         if not (0 <= record.issued_at <= INTEGER_MAX and 0 <= rule.until <= INTEGER_MAX):
             return "a time is out of range"
-        if len(record.api) > 8 or len(record.key) > 128 or any(
+        if len(record.api) > 8 or len(record.key) > 128 or len(rule.id_key) > 16 or any(
             len(text) > 64
             for text in (record.distributor, record.client, record.terminal,
                          rule.campaign, rule.pool, rule.category, rule.product)

@@ -32,6 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import BigInteger, Text
 
 from service.errors import LedgerLacks, StoreUnreachable
+from service.identity import NO_KEYS, IdKeys
 from service.store import generations
 from service.store.database import Database
 from service.store.entries import (
@@ -75,7 +76,9 @@ class Flushed(msgspec.Struct, frozen=True):
     paused: tuple[str, ...] = ()
 
 
-async def flush(database: Database, entries: Sequence[Entry], now: int, *, before: Collection[int] = ()) -> Flushed:
+async def flush(
+    database: Database, entries: Sequence[Entry], now: int, *, before: Collection[int] = (), ids: IdKeys = NO_KEYS
+) -> Flushed:
     """Every code of ``entries`` is accounted for, durably and once, however often they are flushed and by whom.
 
     One transaction that shares the partitions' locks.  An entry whose ``outbox_seq`` is new goes into the ledger.
@@ -86,6 +89,9 @@ async def flush(database: Database, entries: Sequence[Entry], now: int, *, befor
 
     ``before``: outbox sequences of these entries' generation that were committed before this call.  Raises
     LedgerLacks, and nothing was committed, if the ledger lacks one: rows written now could hide that it is older.
+
+    ``ids``: what the ids of their vouchers are derived with.  Raises UnknownIdKey, and nothing was committed, if an
+    entry needs a key that is not there.
 
     Raises StoreUnreachable: all of it was committed or nothing; flush the same entries again.
     """
@@ -104,8 +110,8 @@ async def flush(database: Database, entries: Sequence[Entry], now: int, *, befor
                 partition, generation, _ = entry.position
                 await park(conn, partition, generation, entry.entry_id, entry.codes, reason, entry.content(), now)
                 set_away += entry.codes
-        written, again = await _write_unknown(conn, fit, now)
-        compared = await _compare(conn, again, now)
+        written, again = await _write_unknown(conn, fit, now, ids)
+        compared = await _compare(conn, again, now, ids)
         return Flushed(
             issued=written.issued,
             set_aside=written.set_aside,
@@ -189,7 +195,9 @@ class _RaceLostError(Exception):
     """Someone else committed some of these rows meanwhile."""
 
 
-async def _write_unknown(conn: AsyncConnection, entries: Sequence[Entry], now: int) -> tuple[_Written, list[Entry]]:
+async def _write_unknown(
+    conn: AsyncConnection, entries: Sequence[Entry], now: int, ids: IdKeys
+) -> tuple[_Written, list[Entry]]:
     """Writes the entries that the store does not know and returns the others, to be compared.
 
     The first round trusts that no code was given twice, as it always should be; only when a wall says otherwise are
@@ -205,7 +213,7 @@ async def _write_unknown(conn: AsyncConnection, entries: Sequence[Entry], now: i
             known.add(entry.position)  # the same entry twice in one flush
         try:
             async with conn.begin_nested():
-                return await _write(conn, unknown, now, suspicious), again
+                return await _write(conn, rows_of(unknown, now, ids), now, suspicious), again
         except (IntegrityError, _RaceLostError):
             suspicious = True
     raise StoreUnreachable("the store was never still enough to flush: other workers flush the same entries")
@@ -230,10 +238,9 @@ async def _known(conn: AsyncConnection, entries: Sequence[Entry]) -> set[tuple[i
     return known
 
 
-async def _write(conn: AsyncConnection, entries: Sequence[Entry], now: int, suspicious: bool) -> _Written:
-    if not entries:
+async def _write(conn: AsyncConnection, rows: Rows, now: int, suspicious: bool) -> _Written:
+    if not (rows.requests or rows.asides):
         return _Written(0, 0, 0, set())
-    rows = rows_of(entries, now)
     doubles: dict[Way, _Double] = {}
     if suspicious or await _crosses(conn, rows):
         doubles = await _doubles(conn, rows)
@@ -362,7 +369,7 @@ class _Compared(NamedTuple):
     campaigns: set[str]
 
 
-async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int) -> _Compared:
+async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int, ids: IdKeys) -> _Compared:
     """Finds whether entries that came again say what they said the first time."""
     if not entries:
         return _Compared(0, 0, set())
@@ -388,7 +395,7 @@ async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int) ->
 
     came: set[Way] = set()
     for entry in entries:
-        rows = rows_of([entry], now)
+        rows = rows_of([entry], now, ids)
         request_of = {way_of(row): row for row in rows.requests}
         for issuance in rows.issuances:
             way, holder = way_of(issuance), Way(*issuance[:3], issuance.request_ordinal)

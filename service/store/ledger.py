@@ -293,7 +293,7 @@ def _record(row: Row[Any], given: Sequence[_Given]) -> Record:
         client=row.client,
         key=row.key,
         issued_at=row.issued_at,
-        rule=Rule(row.campaign, row.pool, row.category, row.product, row.until),
+        rule=Rule(row.campaign, row.pool, row.category, row.product, row.until, row.id_key, row.terms),
         codes=tuple(one.code for one in given),
     )
 

@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 # What the migrations lead to, oldest first: a process that only looks need not load alembic.
-REVISIONS = ("pre_0001", "pre_0002", "pre_0003")
+REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004")
 
 metadata = MetaData(
     naming_convention={
@@ -119,6 +119,48 @@ caps = Table(
     CheckConstraint("holder in ('campaign', 'distributor', 'terminal')", name="holder"),
     CheckConstraint("period in ('total', 'day', 'hour')", name="period"),
     CheckConstraint('"limit" >= 0', name="limit"),
+)
+
+products = Table(  # what Client API v3 sells; the campaign of the same id says from which pool, when, and to whom
+    "products",
+    metadata,
+    Column("code", ForeignKey("campaigns.id"), primary_key=True),
+    Column("name", String(200), nullable=False),
+    Column("description", Text, nullable=False),
+    Column("is_value_based", Boolean, nullable=False),
+    Column("is_open_value", Boolean, nullable=False),
+    Column("is_status_available", Boolean, nullable=False),
+    Column("is_multiple_use", Boolean, nullable=False),
+    Column("currency", String(3), nullable=False),  # '': not value-based
+    Column("amount", BigInteger),  # cents, or items; null: open-value
+    Column("expiry", String(32), nullable=False),  # '', 'until:<Unix seconds>', 'days:N', 'months:N', 'years:N'
+    Column("expiry_scheme", String(200), nullable=False),
+    Column("url", String(200), nullable=False),  # what a voucher's id is appended to
+    Column("short_url", String(200), nullable=False),  # the same for its short link; '': it has none
+    Column("image", String(500), nullable=False),
+    Column("terms_and_conditions", Text, nullable=False),
+)
+
+clients = Table(
+    "clients",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("distributor", ForeignKey("distributors.id"), nullable=False, index=True),
+    Column("secret_sha256", String(64), nullable=False),
+    Column("scopes", String(200), nullable=False),  # one space between two
+    Column("active", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("rotated_at", BigInteger),  # since when it has its present secret, if not from the beginning
+)
+
+signing_keys = Table(  # of access tokens; the private half is sealed with a key that is not in the store
+    "signing_keys",
+    metadata,
+    Column("kid", String(64), primary_key=True),
+    Column("public", Text, nullable=False),  # JWK
+    Column("sealed", Text, nullable=False),
+    Column("made_at", BigInteger, nullable=False),
+    Column("verifies_until", BigInteger),  # null: it signs
 )
 
 catalogue_head = Table(  # one row, the lock and the number under which every change is published
@@ -237,6 +279,8 @@ requests = Table(
     Column("category", String(64), nullable=False),
     Column("product", String(64), nullable=False),
     Column("until", BigInteger, nullable=False),
+    Column("id_key", String(16), nullable=False, server_default=text("''")),  # what its voucher ids were derived with
+    Column("terms", Text, nullable=False, server_default=text("''")),  # of the product when it was issued
     Column("issued_at", BigInteger, nullable=False),
     Column("flushed_at", BigInteger, nullable=False),
     PrimaryKeyConstraint(*WAY),
@@ -256,9 +300,29 @@ issuances = Table(
     Column("serial", String(64), nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     Column("digest", LargeBinary(16), nullable=False),
+    Column("voucher_id", LargeBinary(16)),  # null, as the next two, where the API gives none
+    Column("short", String(16)),  # end of its short link
+    Column("pin", Integer),  # of its short link
     PrimaryKeyConstraint(*WAY),
     UniqueConstraint("lot", "seq"),  # wall: one position of stock, one issuance, ever
     UniqueConstraint("digest"),  # wall: one code, one issuance, ever
+    Index(
+        None,
+        "voucher_id",
+        postgresql_where=text("voucher_id is not null"),
+        sqlite_where=text("voucher_id is not null"),
+    ),
+)
+
+voucher_states = Table(  # what became of vouchers after they were issued, as far as somebody said so
+    "voucher_states",
+    metadata,
+    Column("voucher_id", LargeBinary(16), primary_key=True),
+    Column("status", String(8), nullable=False),
+    Column("remaining", BigInteger),  # cents or items; null: what it was issued with
+    Column("changed_at", BigInteger, nullable=False),
+    CheckConstraint("status in ('active', 'inactive', 'used', 'voided')", name="status"),
+    CheckConstraint("remaining >= 0", name="remaining"),
 )
 
 # Why a code left a window other than by issue.

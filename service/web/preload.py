@@ -64,7 +64,7 @@ class Preload:
             try:
                 _, blob = await control.load_snapshot(conn)
             except NotFound:
-                return Catalogue(0, {}, {}, {}, {})
+                return Catalogue(0)
         catalogue = await self._assemble(blob)
         if catalogue.version < version:
             raise RedisUnreachable(f"catalogue {version} is in force, and neither Redis nor the store has it yet")

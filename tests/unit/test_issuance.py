@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.catalogue import Campaign, Catalogue, Pool
+from service.catalogue import Campaign, Catalogue, Pool, Snapshot, encode, load
 from service.domain import (
     Authenticated,
     Busy,
@@ -37,7 +37,10 @@ def catalogue(version: int = 1, *, token: str | None = TOKEN, active: bool = Tru
         "C", "CAT", ("PAY",), "P", 1, 0, 0, False, "UTC", (), {"D": ()} if assigned else {},
     )  # fmt: skip
     tokens = {digest(token): "D"} if token else {}
-    return Catalogue(version, tokens, {"D": active}, {"P": Pool("P", 0)}, {"PAY": [campaign]})
+    snapshot = Snapshot(version, tokens, {"D": active}, (Pool("P", 0),), (campaign,))
+    *_, loaded = load(encode(snapshot))
+    assert loaded is not None
+    return loaded
 
 
 def request(key: str = "k", terminal: str = "T", distributor: str = "D") -> Request:
