@@ -73,6 +73,11 @@ def load(path: Path) -> Keyring:
     return Keyring(IdKeys(held.id_key, held.id_keys), held.sealing_key)
 
 
+def named(path: str) -> Keyring | None:
+    """The key ring in the file at ``path``, None if none is named: such an installation has no Client API v3."""
+    return load(Path(path)) if path else None
+
+
 def new() -> str:
     """The text of a new secrets file, from the system's secure random source."""
     held = _File("k1", {"k1": secrets.token_bytes(KEY_BYTES_MIN)}, secrets.token_bytes(_SEALING_BYTES))

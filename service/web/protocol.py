@@ -24,8 +24,9 @@ from uvicorn.server import ServerState
 
 from service import metrics
 from service.web.exchange import Exchange, Lane
+from service.web.incoming import BODY_MAX
 from service.web.problems import problem
-from service.web.v1 import BODY_MAX, PATH
+from service.web.v1 import PATH
 
 HEADERS_MAX: Final = 64  # a partner's client sends about ten, proxies add a few each
 HEADER_BYTES_MAX: Final = 16_384  # request line and headers; what most proxies in front allow

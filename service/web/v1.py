@@ -34,10 +34,10 @@ from service.domain import (
     instant,
 )
 from service.tokens import well_formed
+from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer, method_not_allowed, problem, unavailable
 
 PATH: Final = "/api/v1/voucher/request"
-BODY_MAX: Final = 16_384  # bytes; the longest valid body is below 2 KiB
 AUTHORIZATION_MAX: Final = 256  # bytes; what is longer holds no token of ours, and only its scheme is looked at
 
 
@@ -68,30 +68,21 @@ class VoucherRequests:
             return method_not_allowed("POST")
         pairs = scope["headers"]
         headers: dict[bytes, bytes] = dict(pairs)
-        if len(headers) != len(pairs) and (repeated := _repeated(pairs)):
-            return problem("malformed_request", detail=f"The header {repeated} was sent more than once.")
+        if len(headers) != len(pairs) and (twice := repeated(pairs)):
+            return problem("malformed_request", detail=f"The header {twice} was sent more than once.")
 
         authorization = headers.get(b"authorization", b"")
         token, refusal = _token(authorization if len(authorization) <= AUTHORIZATION_MAX else authorization[:6] + b" -")
         if refusal:
             return problem(refusal)
-        if headers.get(b"content-type") != b"application/json" and not _is_json(headers.get(b"content-type", b"")):
+        if headers.get(b"content-type") != b"application/json" and not is_json(headers.get(b"content-type", b"")):
             return await self._unless_unauthorized(token, problem("unsupported_media_type"))
 
         length = headers.get(b"content-length")
-        if length is not None and len(length) > 4 and _exceeds(length):
+        if length is not None and len(length) > 4 and exceeds(length):
             return await self._unless_unauthorized(token, problem("too_large"))
-        message = await receive()
-        if message["type"] != "http.request":
+        if (body := await body_of(receive)) is None:
             return None
-        body = message.get("body", b"")
-        while message.get("more_body", False):
-            if len(body) > BODY_MAX:
-                break
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            body += message.get("body", b"")
         if len(body) > BODY_MAX:
             return await self._unless_unauthorized(token, problem("too_large"))
 
@@ -207,28 +198,6 @@ _RENDERERS: Final[dict[str, Callable[[list[str]], bytes]]] = {"1": _layout_1}
 
 # --- headers
 
-# Twice the same thing said is a mistake; twice something different is how requests are smuggled past a proxy.
-_SINGLE: Final = {
-    b"authorization": "Authorization",
-    b"content-type": "Content-Type",
-    b"content-length": "Content-Length",
-}
-
-
-def _repeated(pairs: list[tuple[bytes, bytes]]) -> str | None:
-    """The first header that was sent more than once and must not be."""
-    seen: set[bytes] = set()
-    for name, _ in pairs:
-        if name in seen and name in _SINGLE:
-            return _SINGLE[name]
-        seen.add(name)
-    return None
-
-
-def _exceeds(length: bytes) -> bool:
-    """Whether a body of this Content-Length is too large; one that is no number of a sane length counts as such."""
-    return len(length) > 18 or not length.isdigit() or int(length) > BODY_MAX
-
 
 @lru_cache(maxsize=1_024)  # a partner sends the same one all day; looking at it costs 3 us
 def _token(authorization: bytes) -> tuple[str, str]:
@@ -238,16 +207,6 @@ def _token(authorization: bytes) -> tuple[str, str]:
     if not text:
         return "", "token_missing"
     return (text, "") if well_formed(text) else ("", "token_unknown")
-
-
-_PARAMETER: Final = re.compile(rb"""\s*(?:[\w!#$%&'*+.^`|~-]+=(?:[\w!#$%&'*+.^`|~-]+|"[^"\\]*")\s*)?""")
-
-
-@lru_cache(maxsize=64)
-def _is_json(content_type: bytes) -> bool:
-    """Whether it is application/json, with any parameters: a body that is not UTF-8 is refused as such."""
-    media_type, *parameters = content_type.split(b";")
-    return media_type.strip().lower() == b"application/json" and all(map(_PARAMETER.fullmatch, parameters))
 
 
 def _same_keys(pairs: list[tuple[bytes, bytes]], request_id: str) -> bool:

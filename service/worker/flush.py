@@ -17,6 +17,7 @@ from service import keys, metrics
 from service.catalogue import cap_field, period_bounds
 from service.domain import Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
+from service.identity import NO_KEYS, IdKeys
 from service.scripts import Count, Counter, Scripts, counter_key, parse_separated, sequences
 from service.store import campaigns, control, ledger
 from service.store.database import Database
@@ -52,7 +53,10 @@ class Flushed(msgspec.Struct, frozen=True):
 
 
 class Flush:
-    """Flushes one partition.  ``consumer`` names this worker; two with one name only do work twice."""
+    """Flushes one partition.  ``consumer`` names this worker; two with one name only do work twice.
+
+    ``ids``: what the ids of vouchers are derived with.
+    """
 
     def __init__(
         self,
@@ -61,9 +65,11 @@ class Flush:
         *,
         consumer: str,
         retention_s: int,
+        ids: IdKeys = NO_KEYS,
         now: Callable[[], int] = lambda: int(time.time()),
     ) -> None:
         self._database = database
+        self._ids = ids
         self._scripts = scripts
         self._consumer = consumer
         self._retention_s = retention_s
@@ -74,7 +80,8 @@ class Flush:
     async def run_once(self, *, block_ms: int = 0) -> Flushed:
         """Flushes up to ENTRIES_MAX entries of the open generation, waiting ``block_ms`` for the first of them.
 
-        Raises RedisUnreachable or StoreUnreachable; entries stay in the outbox then, and the next step has them.
+        Raises RedisUnreachable, StoreUnreachable or UnknownIdKey; entries stay in the outbox then, and the next step
+        has them.
         """
         generation = (await self._scripts.generation()).open
         if not generation:
@@ -184,7 +191,7 @@ class Flush:
         except RedisError as error:
             raise RedisUnreachable from error
         try:
-            return await ledger.flush(self._database, entries, now, before=before)
+            return await ledger.flush(self._database, entries, now, before=before, ids=self._ids)
         except LedgerLacks as fault:
             await self._scripts.distrust(generation, fault.seq)
             log.critical(
@@ -193,7 +200,7 @@ class Flush:
                 generation=generation,
                 outbox_seq=fault.seq,
             )
-            return await ledger.flush(self._database, entries, now)
+            return await ledger.flush(self._database, entries, now, ids=self._ids)
 
     async def _read(self, generation: int, block_ms: int) -> list[tuple[str, dict[str, str] | None]]:
         redis, outbox = self._scripts.redis, keys.outbox(self._scripts.partition, generation)

@@ -10,8 +10,9 @@ from typing import Final
 
 import structlog
 
-from service import metrics
+from service import keyring, metrics
 from service.errors import Fault
+from service.identity import NO_KEYS
 from service.scripts import Scripts, connect
 from service.settings import Settings
 from service.store.database import Database, check_migrated
@@ -47,8 +48,10 @@ FAULT_PAUSE_S_MAX: Final = 2.0
 async def work(settings: Settings, stop: asyncio.Event) -> None:
     """Works until ``stop`` is set; then what is in the outbox is flushed, as far as store and Redis answer.
 
-    With the store or Redis away it keeps trying.  Raises Misconfigured if the schema is not this version's.
+    With the store or Redis away it keeps trying.  Raises Misconfigured if the schema is not this version's, or if there
+    is no usable secrets file where the settings name one.
     """
+    secrets = keyring.named(settings.secrets_file)
     database = Database.connect(settings.store_url)
     patient = Database.connect(settings.store_url, statement_s=RECOVERY_STATEMENT_S)
     redis = connect(settings.redis_url, timeout_ms=max(settings.redis_timeout_ms, 4 * BLOCK_MS))
@@ -56,8 +59,9 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         await check_migrated(database)
         scripts = Scripts(redis)
         flush = Flush(
-            database, scripts, consumer=f"{socket.gethostname()}-{os.getpid()}", retention_s=settings.replay_retention_s
-        )
+            database, scripts, consumer=f"{socket.gethostname()}-{os.getpid()}",
+            retention_s=settings.replay_retention_s, ids=NO_KEYS if secrets is None else secrets.ids,
+        )  # fmt: skip
         recover = Recover(
             patient, scripts, flush, outbox_max=settings.outbox_max, retention_s=settings.replay_retention_s
         )

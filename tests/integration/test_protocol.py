@@ -18,9 +18,10 @@ import uvloop
 
 from service.settings import Settings
 from service.web.app import App
+from service.web.incoming import BODY_MAX
 from service.web.protocol import HEADER_BYTES_MAX, HEADERS_MAX, LINGER_BYTES, PIPELINE_MAX, BoundedProtocol
 from service.web.serving import Server, configured
-from service.web.v1 import BODY_MAX, PATH
+from service.web.v1 import PATH
 from tests.issuers import DISTRIBUTOR, TOKEN, FakeIssuer
 from tests.servers import wait_until
 

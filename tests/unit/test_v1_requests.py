@@ -28,8 +28,9 @@ from service.domain import (
 )
 from service.tokens import LENGTH, digest, new_token, well_formed
 from service.web.app import App
+from service.web.incoming import BODY_MAX
 from service.web.problems import PROBLEMS
-from service.web.v1 import BODY_MAX, PATH, PRODUCTS_MAX
+from service.web.v1 import PATH, PRODUCTS_MAX
 from tests.issuers import DISTRIBUTOR, EXPIRES_AT, TOKEN, FakeIssuer, record
 
 ASKED: dict[str, Any] = {
