@@ -8,7 +8,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench bench-import chaos-import sim
+.PHONY: help install run test check lua bench bench-import chaos-import postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench-import: install ## an import next to \copy, and issuing meanwhile (ARGS='-
 
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)
+
+postman: install ## docs/postman.json: both APIs as a Postman collection
+	$(BIN)/python -m service.web.postman > docs/postman.json
 
 sim: install ## the long simulation: 10,000 schedules (ARGS='--seed 7')
 	$(BIN)/python -m tests.simulation --schedules 10000 $(ARGS)

@@ -25,6 +25,8 @@ from typing import Final, Self, TypeVar, cast
 import httpx
 import msgspec
 
+from service.messages import Product, ProductAnswer, ProductsAnswer, TokenAnswer, Voucher, VoucherAnswer, VouchersAnswer
+
 ATTEMPTS_MAX: Final = 6
 PAUSE_S_MIN: Final = 0.2  # before the second attempt; doubled before each later one
 PAUSE_S_MAX: Final = 5.0
@@ -35,46 +37,6 @@ TOKEN_MARGIN_S: Final = 30.0  # a token with less left than this is not used any
 RETRIED: Final = frozenset({429, 500, 502, 503, 504})
 
 T = TypeVar("T")
-
-
-class Voucher(msgspec.Struct, frozen=True):
-    """One voucher as the service tells it.  Amounts are cents, or items if not ``is_value_based``."""
-
-    voucher_code: str
-    voucher_id: str
-    name: str
-    status: str
-    expiration: str
-    currency: str
-    remaining_amount: int
-    product_code: str
-    product_name: str
-    is_value_based: bool
-    is_status_available: bool
-    is_multiple_use: bool
-    url: str
-    short_url: str | None = None
-    short_url_pin: int | None = None
-
-
-class Product(msgspec.Struct, frozen=True):
-    """One product of the catalogue.  ``quantity`` None: unlimited.  ``amount`` None: the face value is the caller's."""
-
-    product_code: str
-    name: str
-    description: str
-    is_value_based: bool
-    is_open_value: bool
-    is_status_available: bool
-    is_multiple_use: bool
-    currency: str
-    amount: int | None
-    quantity: int | None
-    expiry_scheme: str
-    valid_from: str | None
-    valid_until: str | None
-    image: str
-    terms_and_conditions: str
 
 
 class Issued(msgspec.Struct, frozen=True):
@@ -123,19 +85,19 @@ class _Calls:
 
     def products(self) -> _Steps[tuple[Product, ...]]:
         answer = yield from self._call("GET", "/v3/products")
-        return msgspec.json.decode(answer.content, type=_Products).products
+        return msgspec.json.decode(answer.content, type=ProductsAnswer).products
 
     def product(self, code: str) -> _Steps[Product]:
         answer = yield from self._call("GET", f"/v3/products/{code}")
-        return msgspec.json.decode(answer.content, type=_Product).product
+        return msgspec.json.decode(answer.content, type=ProductAnswer).product
 
     def voucher(self, voucher_id: str) -> _Steps[Voucher]:
         answer = yield from self._call("GET", f"/v3/vouchers/{voucher_id}")
-        return msgspec.json.decode(answer.content, type=_Voucher).voucher
+        return msgspec.json.decode(answer.content, type=VoucherAnswer).voucher
 
     def vouchers(self, voucher_ids: Sequence[str]) -> _Steps[tuple[Voucher, ...]]:
         answer = yield from self._call("GET", f"/v3/vouchers?id={','.join(voucher_ids)}")
-        return msgspec.json.decode(answer.content, type=_Vouchers).vouchers
+        return msgspec.json.decode(answer.content, type=VouchersAnswer).vouchers
 
     def issue(
         self, code: str, quantity: int, key: str, face_value: int | None, client_reference: str | None
@@ -146,7 +108,7 @@ class _Calls:
         if client_reference is not None:
             body["client_reference"] = client_reference
         answer = yield from self._call("POST", f"/v3/products/{code}", body, key)
-        issued = msgspec.json.decode(answer.content, type=_Vouchers)
+        issued = msgspec.json.decode(answer.content, type=VouchersAnswer)
         replayed = answer.headers.get("idempotency-record") == "true"
         return Issued(issued.request_id, issued.vouchers, answer.status_code == 207, replayed)
 
@@ -186,7 +148,7 @@ class _Calls:
     def _admit(self, answer: httpx.Response) -> None:
         if not answer.is_success:
             raise _refused(answer)
-        token = msgspec.json.decode(answer.content, type=_Token)
+        token = msgspec.json.decode(answer.content, type=TokenAnswer)
         left_s = max(token.expires_in - TOKEN_MARGIN_S, token.expires_in / 2)
         self._token, self._token_until = token.access_token, self._clock() + left_s
 
@@ -325,28 +287,6 @@ class AsyncClient:
 
 
 # --- bodies
-
-
-class _Token(msgspec.Struct):
-    access_token: str
-    expires_in: int
-
-
-class _Products(msgspec.Struct):
-    products: tuple[Product, ...]
-
-
-class _Product(msgspec.Struct):
-    product: Product
-
-
-class _Voucher(msgspec.Struct):
-    voucher: Voucher
-
-
-class _Vouchers(msgspec.Struct):
-    request_id: str
-    vouchers: tuple[Voucher, ...]
 
 
 class _Error(msgspec.Struct):

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from time import perf_counter
+from typing import Protocol
 
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
@@ -24,34 +26,61 @@ from service.domain import Outcome
 from service.logs import where
 from service.web.problems import Answer, method_not_allowed, problem
 from service.web.v1 import PATH, Issuing, VoucherRequests, plain, told
+from service.web.v3 import PREFIX, ClientApi
+
+
+class Api(Protocol):
+    """One of the published contracts."""
+
+    async def answer(self, scope: Scope, receive: Receive) -> Answer | None:
+        """The answer to one request; None if the client went away while it was sending."""
+
+    def refused(self, code: str) -> Answer:
+        """``draining`` or ``internal`` in the contract's form."""
 
 
 class App:
-    """The application over one issuer, which lives as long as the application's lifespan."""
+    """The application over one issuer, which lives as long as the application's lifespan.
 
-    def __init__(self, issuer: Issuing) -> None:
-        self.tally = metrics.Tally("v1")
+    ``client_api`` answers what is below /v3/, ``routes`` what else there is; without them there is neither.
+    """
+
+    def __init__(self, issuer: Issuing, client_api: ClientApi | None = None, routes: Sequence[BaseRoute] = ()) -> None:
+        self._tallies = {"v1": metrics.Tally("v1"), "v3": metrics.Tally("v3")}
+        self._tally = self._tallies["v1"]
         self._issuer = issuer
         self._vouchers = VoucherRequests(issuer)
-        self._others = problems_only(Starlette(lifespan=self._lifespan))
+        self._client_api = client_api
+        self._others = problems_only(Starlette(routes=routes, lifespan=self._lifespan))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH:
+        if scope["type"] == "http" and scope["path"] == PATH:
+            await self._answer(self._vouchers, self._tally, scope, receive, send)
+        elif scope["type"] == "http" and self._client_api is not None and scope["path"].startswith(PREFIX):
+            await self._answer(self._client_api, self._tallies["v3"], scope, receive, send)
+        else:
             await self._others(scope, receive, send)
-            return
+
+    async def _answer(self, api: Api, tally: metrics.Tally, scope: Scope, receive: Receive, send: Send) -> None:
         began = perf_counter()
         answer: Answer | None
         try:
-            answer = await self._vouchers.answer(scope, receive)
+            answer = await api.answer(scope, receive)
         except asyncio.CancelledError:  # the drain took too long; whether a voucher was issued is not known
-            answer = problem("draining")
+            answer = api.refused("draining")
         except Exception as fault:  # noqa: BLE001 - a defect, and the client has to be told in the contract's form
-            answer = defect(fault, PATH)
+            note_defect(fault, scope["path"])
+            answer = api.refused("internal")
         if answer is None:
             return
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body})
-        self.tally.count(answer.status, answer.code, perf_counter() - began)
+        tally.count(answer.status, answer.code, perf_counter() - began)
+
+    def flush_tallies(self) -> None:
+        """What was counted is in the metrics."""
+        for tally in self._tallies.values():
+            tally.flush()
 
     def begin(self, headers: dict[bytes, bytes], body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
         """Answers a voucher request that came whole, by calling ``answered`` once.  False: it is not a plain one (or
@@ -60,13 +89,14 @@ class App:
 
         def tell(answer: Answer) -> None:
             answered(answer)
-            self.tally.count(answer.status, answer.code, perf_counter() - began)
+            self._tally.count(answer.status, answer.code, perf_counter() - began)
 
         def settle(outcome: Outcome) -> None:
             try:
                 answer = told(outcome, request)
             except Exception as fault:  # noqa: BLE001 - as above
-                answer = defect(fault, PATH)
+                note_defect(fault, PATH)
+                answer = problem("internal")
             tell(answer)
 
         try:
@@ -75,7 +105,8 @@ class App:
             token, request = asked
             self._issuer.submit(token, request, settle)
         except Exception as fault:  # noqa: BLE001 - as above
-            tell(defect(fault, PATH))
+            note_defect(fault, PATH)
+            tell(problem("internal"))
         return True
 
     @contextlib.asynccontextmanager
@@ -84,7 +115,7 @@ class App:
         self._issuer.start()
         yield
         await self._issuer.drain()
-        self.tally.flush()
+        self.flush_tallies()
 
 
 def problems_only(starlette: Starlette) -> ASGIApp:
@@ -101,11 +132,10 @@ def problems_only(starlette: Starlette) -> ASGIApp:
     return app
 
 
-def defect(fault: Exception, path: str) -> Answer:
-    """500, after the log says what and where it was, without the text of it."""
+def note_defect(fault: Exception, path: str) -> None:
+    """The log says what and where it was, without the text of it; so does a metric that it was."""
     metrics.defects.inc()
     structlog.get_logger(__name__).error("defect", path=path, **where(fault))
-    return problem("internal")
 
 
 def response(answer: Answer) -> Response:
@@ -116,7 +146,8 @@ def response(answer: Answer) -> Response:
 
 
 async def _failed(request: Request, fault: Exception) -> Response:
-    return response(defect(fault, request.url.path))
+    note_defect(fault, request.url.path)
+    return response(problem("internal"))
 
 
 async def _refused(_: Request, refusal: Exception) -> Response:

@@ -107,7 +107,7 @@ async def run(listener: socket.socket, control: socket.socket, settings: Setting
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                app.tally.flush()
+                app.flush_tallies()
     except Misconfigured as fault:
         say(Word("misconfigured", str(fault)))
         return MISCONFIGURED
@@ -163,7 +163,7 @@ async def _watch(issuer: Issuing, server: Server, say: Callable[[Word], None]) -
 async def _flush(app: App) -> None:
     while True:
         await asyncio.sleep(FLUSH_S)
-        app.tally.flush()
+        app.flush_tallies()
 
 
 def _room_for_connections() -> int:

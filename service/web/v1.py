@@ -33,6 +33,7 @@ from service.domain import (
     Unavailable,
     instant,
 )
+from service.messages import KEY, NAME, PRODUCTS_MAX, TERMINAL
 from service.tokens import well_formed
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer, method_not_allowed, problem, unavailable
@@ -92,6 +93,10 @@ class VoucherRequests:
         if b"idempotency-key" in headers and not _same_keys(pairs, request.key):
             return await self._key_mismatch(token, request.distributor, request.key)
         return told(await self._issuer.issue(token, request), request)
+
+    def refused(self, code: str) -> Answer:
+        """A row of the error table."""
+        return problem(code)
 
     async def _unless_unauthorized(self, token: str, malformed: Answer) -> Answer:
         """``malformed``, unless the token is not in force: that is looked at first."""
@@ -249,10 +254,9 @@ def _requested(body: bytes | bytearray) -> Request | None:
     )  # fmt: skip
 
 
-_KEY: Final = r"[!-~]{1,128}+"
-_NAME: Final = r"[A-Za-z0-9._-]{1,64}+"
-_TERMINAL: Final = r"[ -~]{1,64}+"
-PRODUCTS_MAX: Final = 16
+_KEY: Final = f"{KEY}+"
+_NAME: Final = f"{NAME}+"
+_TERMINAL: Final = f"{TERMINAL}+"
 
 # All four at once: no class holds a line feed or a comma but the terminal's and the key's, which come before.
 _FIELDS: Final = re.compile(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from typer.main import get_command
 
 from service import metrics, settings
 from service.cli.main import app
+from service.web import postman
 from service.web.problems import PROBLEMS
+from service.web.v3_errors import REFUSALS
 
 ROOT = Path(__file__).parents[2]
 README_LINES_MAX = 200
@@ -83,3 +86,15 @@ def test_every_code_of_the_error_table_is_in_the_integration_guide_of_the_readme
     assert sorted((code, status) for code, status, *_ in documented) == sorted(
         (code, str(problem.status)) for code, problem in PROBLEMS.items()
     )
+
+
+def test_every_refusal_of_client_api_v3_is_in_the_guide_for_integrators() -> None:
+    documented = rows((ROOT / "docs" / "integration.md").read_text(), "code")
+    assert [row[:3] for row in documented] == [[one.code, str(one.status), one.message] for one in REFUSALS.values()]
+    assert {one.code for one in REFUSALS.values() if one.retryable} == {
+        row[0] for row in documented if row[3].startswith("the same key")
+    }
+
+
+def test_the_postman_collection_is_that_of_this_version() -> None:
+    assert json.loads((ROOT / "docs" / "postman.json").read_text()) == postman.collection()

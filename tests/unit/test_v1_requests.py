@@ -7,12 +7,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
-from starlette.types import Message, Scope
 
 from service.domain import (
     Authenticated,
@@ -26,11 +24,13 @@ from service.domain import (
     Unauthorized,
     Unavailable,
 )
+from service.messages import PRODUCTS_MAX
 from service.tokens import LENGTH, digest, new_token, well_formed
 from service.web.app import App
 from service.web.incoming import BODY_MAX
 from service.web.problems import PROBLEMS
-from service.web.v1 import PATH, PRODUCTS_MAX
+from service.web.v1 import PATH
+from tests.calling import Seen, answer
 from tests.issuers import DISTRIBUTOR, EXPIRES_AT, TOKEN, FakeIssuer, record
 
 ASKED: dict[str, Any] = {
@@ -48,19 +48,6 @@ SHOWN = (
     b'"voucher_code":"PSCF-XYZ-987654","serial_number":"SER-000001","expiry_date":"2025-12-31T00:00:00Z",'
     b'"request_id":"req-1001","issued_at":"2025-10-19T12:00:00Z"}'
 )
-
-
-class Seen(msgspec.Struct):
-    """One answer as the client sees it."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def problem(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.body)
-        return content
 
 
 class Call:
@@ -86,32 +73,9 @@ class Call:
             body = json.dumps(
                 {name: value for name, value in {**ASKED, **changed}.items() if value is not None}
             ).encode()
-        pieces = [body] if isinstance(body, bytes) else list(body)
-        messages: list[Message] = [
-            {"type": "http.request", "body": piece, "more_body": number < len(pieces) or disconnects}
-            for number, piece in enumerate(pieces, 1)
-        ]
-        sent: list[Message] = []
-
-        async def receive() -> Message:
-            self.received += 1
-            return messages.pop(0) if messages else {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        scope: Scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
-            "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
-            "headers": list(headers), "server": ("127.0.0.1", 8080), "client": ("127.0.0.1", 50_000), "state": {},
-        }  # fmt: skip
-        await self.app(scope, receive, send)
-        if not sent:
-            return Seen(0, {}, b"")
-        start, *rest = sent
-        named = {name.decode(): value.decode() for name, value in start["headers"]}
-        assert len(named) == len(start["headers"]), "a header was answered twice"
-        return Seen(start["status"], named, b"".join(message.get("body", b"") for message in rest))
+        seen = await answer(self.app, method, path, headers=headers, body=body, disconnects=disconnects)
+        self.received += seen.received
+        return seen
 
 
 @pytest.fixture
@@ -622,14 +586,14 @@ async def test_counts_of_answers_reach_the_metrics_once(call: Call) -> None:
     def value(name: str, **labels: str) -> float:
         return REGISTRY.get_sample_value(name, {"api": "v1", **labels}) or 0.0
 
-    call.app.tally.flush()
+    call.app.flush_tallies()
     issued = value("voucherd_requests_total", status="200", code="issued")
     refused = value("voucherd_requests_total", status="400", code="invalid_json")
     seconds = value("voucherd_request_seconds_count")
     await call()
     await call(b"")
     for _ in range(2):
-        call.app.tally.flush()
+        call.app.flush_tallies()
     assert value("voucherd_requests_total", status="200", code="issued") == issued + 1
     assert value("voucherd_requests_total", status="400", code="invalid_json") == refused + 1
     assert value("voucherd_request_seconds_count") == seconds + 2

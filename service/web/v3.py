@@ -1,0 +1,261 @@
+"""Client API v3 over an issuer: the paths, what is looked at in which order, and the answer to an issue request.
+
+Order of checks (api-v3 "Issuing"): route, method, token, scope, media type, size, key, JSON and fields; then the key's
+record, and only then the product, the face value, and stock.  What is malformed is told only after the client was found
+to be in force.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, Protocol
+
+import msgspec
+from starlette.types import Receive, Scope
+
+from service.domain import (
+    LAYOUT,
+    Busy,
+    Issued,
+    KeyReused,
+    Outcome,
+    RateLimited,
+    Request,
+    Suspended,
+    Unauthorized,
+    Unavailable,
+)
+from service.identity import IdKeys
+from service.messages import QUANTITY_MAX, IssueRequest
+from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
+from service.web.problems import Answer
+from service.web.v1 import Issuing
+from service.web.v3_errors import JSON, error_body, refusal
+from service.web.v3_voucher import voucher_renderer
+
+PREFIX: Final = "/v3/"
+
+_Pairs = list[tuple[bytes, bytes]]
+
+
+class Access(msgspec.Struct, frozen=True):
+    """A verified access token: whose it is, and ``credential``, for a catalogue in force to say if that still holds."""
+
+    client: str
+    distributor: str
+    credential: str
+    scopes: frozenset[str]
+
+
+class AccessTokens(Protocol):
+    """What ``service.web.access`` offers."""
+
+    async def admit(self, authorization: bytes, scope: str) -> Access | str: ...
+
+
+class Reading(Protocol):
+    """What answers the requests that issue nothing."""
+
+    async def products(self, access: Access) -> Answer: ...
+    async def product(self, access: Access, code: str) -> Answer: ...
+    async def vouchers(self, access: Access, query: bytes) -> Answer: ...
+    async def voucher(self, access: Access, voucher_id: str) -> Answer: ...
+
+
+class ClientApi:
+    """Client API v3 over an issuer, access tokens, and what reads catalogue and ledger."""
+
+    def __init__(self, issuer: Issuing, tokens: AccessTokens, reading: Reading, ids: IdKeys) -> None:
+        self._issuer = issuer
+        self._tokens = tokens
+        self._reading = reading
+        self._ids = ids
+
+    async def answer(self, scope: Scope, receive: Receive) -> Answer | None:
+        """The answer to one request below PREFIX; None if the client went away while it was sending.
+
+        Nothing but an unexpected defect is raised.  Whatever is answered, the same request may be sent again.
+        """
+        resource, slash, name = scope["path"].removeprefix(PREFIX).partition("/")
+        issues = resource == "products" and bool(name)
+        if resource not in ("products", "vouchers") or bool(slash) != bool(name) or "/" in name:
+            return refusal("not_found")
+        method = scope["method"]
+        if method != "GET" and not (issues and method == "POST"):
+            return refusal("method_not_allowed", headers=((b"allow", b"GET, POST" if issues else b"GET"),))
+        pairs: _Pairs = scope["headers"]
+        if twice := repeated(pairs):
+            return refusal("malformed_request", f"The header {twice} was sent more than once.")
+        headers = dict(pairs)
+        wanted = "issue_vouchers" if method == "POST" else _READ[resource]
+        access = await self._tokens.admit(headers.get(b"authorization", b""), wanted)
+        if isinstance(access, str):
+            return refusal(access)
+        if method == "POST":
+            return await self._issue(access, name, pairs, headers, receive)
+        match resource, name:
+            case "products", "":
+                return await self._reading.products(access)
+            case "products", _:
+                return await self._reading.product(access, name)
+            case "vouchers", "":
+                return await self._reading.vouchers(access, scope["query_string"])
+            case _:
+                return await self._reading.voucher(access, name)
+
+    def refused(self, name: str) -> Answer:
+        """A row of the error table."""
+        return refusal(name)
+
+    async def _issue(
+        self, access: Access, code: str, pairs: _Pairs, headers: dict[bytes, bytes], receive: Receive
+    ) -> Answer | None:
+        content_type, length = headers.get(b"content-type", b""), headers.get(b"content-length", b"")
+        if content_type != b"application/json" and not is_json(content_type):
+            return await self._unless_out_of_force(access, refusal("unsupported_media_type"))
+        if len(length) > 4 and exceeds(length):
+            return await self._unless_out_of_force(access, refusal("too_large"))
+        if (body := await body_of(receive)) is None:
+            return None
+        if len(body) > BODY_MAX:
+            return await self._unless_out_of_force(access, refusal("too_large"))
+        sent = [value for name, value in pairs if name == b"idempotency-key"]
+        if len(sent) != 1 or (key := idempotency_key(sent[0])) is None:
+            return await self._unless_out_of_force(access, refusal("key_malformed" if sent else "key_missing"))
+        asked = _requested(body)
+        if isinstance(asked, str):
+            return await self._unless_out_of_force(access, refusal(asked, headers=((b"idempotency-key", sent[0]),)))
+        request = Request(
+            "v3", access.client, key, access.distributor, (code,), payload_of(code, asked), asked.quantity,
+            None if isinstance(asked.face_value, msgspec.UnsetType) else asked.face_value,
+        )  # fmt: skip
+        outcome = await self._issuer.issue(access.credential, request)
+        return told(outcome, request, self._ids, sent[0])
+
+    async def _unless_out_of_force(self, access: Access, malformed: Answer) -> Answer:
+        """``malformed``, unless the client is not in force: that is looked at first."""
+        match await self._issuer.authenticate(access.credential):
+            case Unauthorized():
+                return refusal("token_unknown")
+            case Suspended():
+                return refusal("suspended")
+            case _:
+                return malformed
+
+
+_READ: Final = {"products": "read_catalogue", "vouchers": "read_vouchers"}
+
+
+def told(outcome: Outcome, request: Request, ids: IdKeys, key: bytes) -> Answer:
+    """What the client is told; ``key`` is its Idempotency-Key as it was sent.
+
+    Raises ValueError if the record is of a layout that this version does not read, UnknownIdKey if its ids can't be
+    derived.
+    """
+    echoed = ((b"idempotency-key", key),)
+    match outcome:
+        case Issued():
+            return rendered(outcome, ids, key)
+        case Unavailable(code, considered):
+            if code == "not_running":
+                code_told = "paused" if considered[0].stopped_by == "paused" else "not_valid"
+            else:
+                code_told = code
+            return refusal(code_told, headers=echoed)
+        case Unauthorized():
+            return refusal("token_unknown")
+        case Suspended():
+            return refusal("suspended")
+        case KeyReused():
+            return refusal("key_reused", headers=echoed)
+        case RateLimited():
+            return refusal("rate_limited", headers=echoed)
+        case Busy(code):
+            return refusal(code, headers=echoed)
+
+
+# --- the answer, from a record
+
+
+def rendered(issued: Issued, ids: IdKeys, key: bytes) -> Answer:
+    """200 with all vouchers, or 207 with as many as a cap left: the same bytes whenever they are of the same record.
+
+    Raises ValueError and UnknownIdKey as ``told`` does.
+    """
+    layout, payload, _, _, client, own_key, second, rule, *codes = issued.record.split("\n")
+    if layout != LAYOUT:
+        raise ValueError("a record of an unknown layout")
+    _, product, quantity, face_value, _ = payload.split("\t")
+    _, _, _, _, _, id_key, terms = rule.split("\t")
+    issued_at = int(second)
+    voucher = voucher_renderer(terms, product, int(face_value) if face_value else None)
+    vouchers = []
+    for line in codes:
+        expires_at, lot, seq, code, _ = line.split("\t")
+        vouchers.append(voucher(code, ids.identity(id_key, int(lot), int(seq)), issued_at, int(expires_at)))
+    request_id = ids.request_id(id_key, client, own_key, issued_at)
+    partial = _PARTIAL if len(codes) < int(quantity) else ""
+    body = f'{{"request_id":"{request_id}",{partial}"vouchers":[{",".join(vouchers)}]}}'.encode()
+    headers = [JSON, (b"content-length", b"%d" % len(body)), (b"idempotency-key", key)]
+    if issued.replayed:
+        headers.append(_REPLAYED)
+    if partial:
+        return Answer(207, headers, body, "207-762")
+    return Answer(200, headers, body, "replayed" if issued.replayed else "issued")
+
+
+_REPLAYED: Final = (b"idempotency-record", b"true")
+_PARTIAL: Final = f'"error":{msgspec.json.encode(error_body("partial")).decode()},'
+
+
+# --- the request
+
+_UUID: Final = re.compile(rb'("?)([0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12})\1').fullmatch
+
+
+def idempotency_key(value: bytes) -> str | None:
+    """The key, in lower case, of a header value that is one UUID, bare or as a structured-field string."""
+    found = _UUID(value)
+    return None if found is None else found[2].decode().lower()
+
+
+def payload_of(product: str, asked: IssueRequest) -> str:
+    """What is compared on a replay: no terminal, then the product and each field."""
+    face_value = "" if asked.face_value is msgspec.UNSET else asked.face_value
+    reference = "" if asked.client_reference is msgspec.UNSET else asked.client_reference
+    return f"\t{product}\t{asked.quantity}\t{face_value}\t{reference}"
+
+
+class _Members(msgspec.Struct):
+    """The body with its members undecoded."""
+
+    quantity: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_DECODER: Final = msgspec.json.Decoder(IssueRequest)
+
+
+def _requested(body: bytes) -> IssueRequest | str:
+    """What is asked for; if anything is wrong with it, the name of the refusal."""
+    try:
+        if not body.isascii():
+            body.decode("utf-8")
+        asked = _DECODER.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _explained(body)
+    # A pattern's end also lies before a last line feed, and one in a record would end a line of it.
+    return "body" if "\n" in (asked.client_reference or "") else asked
+
+
+def _explained(body: bytes) -> str:
+    """Which refusal a body gets that was not accepted: a bad quantity is told before any other member."""
+    try:
+        body.decode("utf-8")
+        members = msgspec.json.decode(body, type=_Members)
+        if isinstance(members.quantity, msgspec.UnsetType):
+            return "quantity"
+        quantity = msgspec.json.decode(members.quantity)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return "body"
+    fits = isinstance(quantity, int) and not isinstance(quantity, bool) and 1 <= quantity <= QUANTITY_MAX
+    return "body" if fits else "quantity"
