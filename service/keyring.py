@@ -14,13 +14,17 @@ from typing import Annotated, Final
 
 import msgspec
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from jwt.algorithms import RSAAlgorithm
 
 from service.errors import Misconfigured
 from service.identity import KEY_BYTES_MIN, IdKeys
 
 _NONCE_BYTES: Final = 12  # what AES-GCM takes
 _SEALING_BYTES: Final = 32  # AES-256
+_RSA_BITS: Final = 2048
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,16}\Z")]
 
@@ -54,6 +58,31 @@ class Keyring:
             raise Misconfigured(
                 f"{purpose} was sealed with another secrets file: bring that back, or make new signing keys"
             ) from None
+
+
+class NewSigningKey(msgspec.Struct, frozen=True):
+    """A key that access tokens can be signed with: its name, its public half as a JWK, its private half sealed."""
+
+    kid: str
+    public: str
+    sealed: str
+
+
+def new_signing_key(keyring: Keyring) -> NewSigningKey:
+    """A fresh RSA key; nobody but this key ring can read its private half."""
+    private = rsa.generate_private_key(public_exponent=65_537, key_size=_RSA_BITS)
+    kid = secrets.token_hex(8)
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = RSAAlgorithm.to_jwk(private.public_key(), as_dict=True)
+    jwk = {"kty": "RSA", "use": "sig", "alg": "RS256", "kid": kid, "n": public["n"], "e": public["e"]}
+    return NewSigningKey(kid, msgspec.json.encode(jwk).decode(), keyring.seal(pem, purpose_of(kid)))
+
+
+def purpose_of(kid: str) -> str:
+    """What the private half of a signing key is sealed for."""
+    return f"the signing key {kid}"
 
 
 def load(path: Path) -> Keyring:

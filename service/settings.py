@@ -38,6 +38,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """port of metrics and health, 0 picks a free one"""
     secrets_file: str = ""
     """file with the keys of voucher ids and of sealing, `voucherd keys create` makes it; without it no Client API v3"""
+    issuer: str = "voucherd"
+    """`iss` of access tokens; the same for all processes"""
+    token_lifetime_s: Annotated[int, msgspec.Meta(ge=60, le=86_400)] = 3_600
+    """seconds that an access token of Client API v3 is good for"""
+    scope_prefix: Annotated[str, msgspec.Meta(pattern=r"\A([A-Za-z0-9._-]+/)?\Z")] = ""
+    """what scopes begin with, such as `client_v3_demo/`"""
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """processes that serve the public API"""
     planned_rate: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 50
@@ -108,6 +114,9 @@ def load(environment: Mapping[str, str] | None = None, **overrides: object) -> S
         raise Misconfigured(str(error)) from None
 
 
+_WRITTEN = ("redis_url", "store_url", "planned_rate", "secrets_file")
+
+
 def in_data_dir(data_dir: Path) -> dict[str, object]:
     """Overrides that point at the embedded servers of ``voucherd up`` in ``data_dir``, at the rate that it plans with.
 
@@ -117,4 +126,4 @@ def in_data_dir(data_dir: Path) -> dict[str, object]:
     if not connection.exists():
         raise Misconfigured(f"{data_dir} holds no data: start `voucherd up --data-dir {data_dir}` first")
     written = msgspec.json.decode(connection.read_bytes(), type=dict[str, object])
-    return {name: written[name] for name in ("redis_url", "store_url", "planned_rate") if name in written}
+    return {name: written[name] for name in _WRITTEN if name in written}

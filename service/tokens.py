@@ -1,6 +1,6 @@
-"""The form of a bearer token, and the only thing of it that is ever stored: its digest.
+"""The form of a bearer token and of a client's secret, and the only thing of them that is ever stored: their digest.
 
-A token is ``vch_``, 43 characters that spell 256 random bits in base62, and 6 characters that spell the CRC-32
+Each is ``vch_`` or ``vcs_``, 43 characters that spell 256 random bits in base62, and 6 characters that spell the CRC-32
 of all before them: 53 characters.  The prefix lets secret scanners find a leaked one; the checksum lets a
 mistyped one be refused without a look-up.
 """
@@ -13,7 +13,8 @@ from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Final
 from zlib import crc32
 
-PREFIX: Final = "vch_"
+PREFIX: Final = "vch_"  # of a distributor's token
+SECRET_PREFIX: Final = "vcs_"  # of a client's secret; as long as the other
 RANDOM_BITS: Final = 256
 RANDOM_CHARACTERS: Final = 43  # 62 ** 43 > 2 ** 256
 CHECKSUM_CHARACTERS: Final = 6  # 62 ** 6 > 2 ** 32
@@ -23,23 +24,23 @@ _ALPHABET: Final = digits + ascii_uppercase + ascii_lowercase
 _PAIRS: Final = tuple(high + low for high in _ALPHABET for low in _ALPHABET)
 
 
-def new_token() -> str:
-    """A fresh token from the system's secure random source."""
+def new_token(prefix: str = PREFIX) -> str:
+    """A fresh token, or with SECRET_PREFIX a client's secret, from the system's secure random source."""
     number, characters = secrets.randbits(RANDOM_BITS), ""
     for _ in range(RANDOM_CHARACTERS):
         number, digit = divmod(number, len(_ALPHABET))
         characters = _ALPHABET[digit] + characters
-    body = PREFIX + characters
+    body = prefix + characters
     return body + _checksum(body)
 
 
-def well_formed(token: str) -> bool:
+def well_formed(token: str, prefix: str = PREFIX) -> bool:
     """Whether ``token`` could be one of ours.  Says nothing about whether it is in force."""
     return (
         len(token) == LENGTH
-        and token.startswith(PREFIX)
+        and token.startswith(prefix)
         and token.isascii()
-        and token[len(PREFIX) :].isalnum()
+        and token[len(prefix) :].isalnum()
         and token.endswith(_checksum(token[:-CHECKSUM_CHARACTERS]))
     )
 

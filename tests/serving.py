@@ -17,8 +17,8 @@ from service.domain import Outcome, Request
 from service.errors import Misconfigured
 from service.settings import Settings
 from service.web import serving
+from service.web.app import App
 from service.web.serve import Addresses, serve
-from service.web.v1 import Issuing
 from tests.issuers import FakeIssuer
 
 COMMAND = (sys.executable, "-m", "tests.serving", "worker")
@@ -36,8 +36,8 @@ class Odd(FakeIssuer):
 
 
 @contextlib.asynccontextmanager
-async def build(settings: Settings) -> AsyncIterator[Issuing]:
-    """The issuer of one process; odd Redis URLs make odd processes."""
+async def build(settings: Settings) -> AsyncIterator[App]:
+    """The application of one process; odd Redis URLs make odd processes."""
     if settings.redis_url == "bad":
         raise Misconfigured("VOUCHERD_REDIS_URL: bad")
     if settings.redis_url == "crash":
@@ -45,7 +45,7 @@ async def build(settings: Settings) -> AsyncIterator[Issuing]:
     issuer = Odd()
     if settings.redis_url == "unready":
         issuer.draining = True
-    yield issuer
+    yield App(issuer)
 
 
 def announce(addresses: Addresses) -> None:

@@ -16,7 +16,21 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from typer.core import TyperGroup
 
-from service.cli import books, campaigns, codes, distributors, explain, ledger, pools, processes, tokens
+from service.cli import (
+    books,
+    campaigns,
+    clients,
+    codes,
+    distributors,
+    explain,
+    keys,
+    ledger,
+    pools,
+    processes,
+    products,
+    tokens,
+    vouchers,
+)
 from service.cli.apply import apply
 from service.cli.console import complain
 from service.cli.status import status
@@ -80,9 +94,13 @@ app.command()(processes.work)
 app.command()(processes.migrate)
 app.add_typer(distributors.app, name="distributor")
 app.add_typer(tokens.app, name="token")
+app.add_typer(products.app, name="product")
+app.add_typer(clients.app, name="client")
+app.add_typer(keys.app, name="keys")
 app.add_typer(pools.app, name="pool")
 app.add_typer(campaigns.app, name="campaign")
 app.add_typer(codes.app, name="codes")
+app.add_typer(vouchers.app, name="voucher")
 app.add_typer(ledger.app, name="ledger")
 app.command()(apply)
 app.command()(explain.explain)

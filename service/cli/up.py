@@ -28,7 +28,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from service import metrics, scripts
+from service import keyring, metrics, scripts
 from service.cli import demo
 from service.cli.child import Child, end_orphan
 from service.cli.embedded import Embedded, free_port, try_port, write_private
@@ -87,7 +87,7 @@ class Up:
         self._serve = Child("serve", self._data_dir)
         self._work = Child("work", self._data_dir)
         self._starting = True
-        self._token = ""
+        self._demo = demo.Prepared("", "")
         self._store_url = f"sqlite+aiosqlite:///{self._data_dir / 'voucherd.db'}"
 
     async def run(self) -> None:
@@ -145,6 +145,7 @@ class Up:
                     "redis_url": self._valkey.url,
                     "store_url": self._store_url,
                     "planned_rate": self._settings.planned_rate,
+                    "secrets_file": self._secrets_file(),
                 }
             ),
         )
@@ -157,6 +158,15 @@ class Up:
             await self._until_ready(database)
         finally:
             await database.close()
+
+    def _secrets_file(self) -> str:
+        """The one of the settings, or one in the data directory, which is made the first time."""
+        if self._settings.secrets_file:
+            return self._settings.secrets_file
+        file = self._data_dir / "secrets.json"
+        if not file.exists():
+            write_private(file, keyring.new())
+        return str(file)
 
     async def _start_serve(self) -> None:
         await self._serve.start(
@@ -212,7 +222,10 @@ class Up:
                 partition = scripts.Scripts(redis)
                 while not await _is_open(partition):
                     await asyncio.sleep(LOOK_S)
-                self._token = await demo.prepare(database, partition, self._data_dir / "demo.token", int(time.time()))
+                self._demo = await demo.prepare(
+                    database, partition, self._data_dir, keyring.load(Path(self._secrets_file())), int(time.time()),
+                    self._settings.token_lifetime_s,
+                )  # fmt: skip
                 while not (await _is_ready(self._ops_url) and await _is_open(partition)):
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
@@ -235,12 +248,20 @@ class Up:
             "base_url": base_url,
             "ops_url": self._ops_url,
             "distributor_id": demo.DISTRIBUTOR,
-            "token": self._token,
+            "token": self._demo.token,
+            "client_id": demo.CLIENT,
+            "client_secret": self._demo.client_secret,
+            "product_code": demo.PRODUCT,
         }
         write_private(self._data_dir / "demo.json", _json(described))
         self._say(f"voucherd is ready at {base_url} after {took_s:.1f} s (metrics and health: {self._ops_url})")
         self._say("\nA voucher, and the same one again if you repeat it:\n")
-        self._say(CURL.format(base_url=base_url, token=self._token, distributor=demo.DISTRIBUTOR))
+        self._say(CURL.format(base_url=base_url, token=self._demo.token, distributor=demo.DISTRIBUTOR))
+        self._say("\nThe same by Client API v3: a token, the catalogue, a voucher, and what became of it:\n")
+        self._say(
+            CURLS.format(base_url=base_url, client=demo.CLIENT, secret=self._demo.client_secret, product=demo.PRODUCT)
+        )
+        self._say(f"\nBoth are described at {base_url}/docs")
         self._say("\nThen, from another terminal:\n")
         self._say(f"{program} ledger find --request-id req-1001 --data-dir {shlex.quote(str(self._given))}")
         self._say(f"{program} audit --data-dir {shlex.quote(str(self._given))}")
@@ -266,6 +287,17 @@ curl \\
     "terminal_id": "AT-998877",
     "product_ids": ["PAY", "MOB"]
   }}'"""
+
+
+# The same of Client API v3; each line can be pasted by itself, after those above it.
+CURLS: Final = """\
+TOKEN=$(curl -s -u "{client}:{secret}" -d grant_type=client_credentials {base_url}/oauth2/token | cut -d '"' -f 4)
+curl -s -H "Authorization: Bearer $TOKEN" {base_url}/v3/products
+VOUCHER=$(curl -s -X POST {base_url}/v3/products/{product} -H "Authorization: Bearer $TOKEN" \
+  -H "Idempotency-Key: 30c40ad6-f135-4aad-97d5-79f195680458" -H "Content-Type: application/json" \
+  -d '{{"quantity": 1}}'); echo "$VOUCHER"
+curl -s -H "Authorization: Bearer $TOKEN" \
+  {base_url}/v3/vouchers/$(echo "$VOUCHER" | sed 's/.*"voucher_id":"//; s/".*//')"""
 
 
 def _stop_signals() -> asyncio.Event:

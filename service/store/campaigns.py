@@ -57,9 +57,50 @@ async def create(
     ``caps`` hold for the campaign, and for each distributor and terminal in it.  ``until`` is exclusive, 0: open.
     Raises NotFound for an unknown pool, Conflict if the campaign exists or a value breaks a rule.
     """
-    check_id("campaign", id)
     _check_order(id, category, priority)
     _check_products(id, products)
+    await _create(
+        connection, id, category=category, pool=pool, priority=priority, starts_at=starts_at, until=until,
+        time_zone=time_zone, caps=caps, now=now,
+    )  # fmt: skip
+    await _insert_products(connection, id, products)
+
+
+async def create_for_product(
+    connection: AsyncConnection,
+    code: str,
+    *,
+    pool: str,
+    starts_at: int,
+    until: int,
+    time_zone: str,
+    caps: Sequence[Cap],
+    now: int,
+) -> None:
+    """The campaign by which a product of Client API v3 is issued exists; no terminal's sale leads to it.
+
+    Raises as ``create`` does.
+    """
+    await _create(
+        connection, code, category="", pool=pool, priority=PRIORITY, starts_at=starts_at, until=until,
+        time_zone=time_zone, caps=caps, now=now,
+    )  # fmt: skip
+
+
+async def _create(
+    connection: AsyncConnection,
+    id: str,
+    *,
+    category: str,
+    pool: str,
+    priority: int,
+    starts_at: int,
+    until: int,
+    time_zone: str,
+    caps: Sequence[Cap],
+    now: int,
+) -> None:
+    check_id("campaign", id)
     _check_window(id, starts_at, until)
     if time_zone not in _time_zones():
         raise Conflict(f"{time_zone!r} is no time zone: take a name of the IANA database, Europe/Berlin say")
@@ -68,7 +109,7 @@ async def create(
     if (await connection.execute(select(pools.c.id).where(pools.c.id == pool))).first() is None:
         raise NotFound(f"there is no pool {pool}: create it first")
     if (await connection.execute(select(campaigns.c.id).where(campaigns.c.id == id))).first() is not None:
-        raise Conflict(f"campaign {id} exists already")
+        raise Conflict(f"there is a campaign or a product {id} already")
     await connection.execute(
         insert(campaigns),
         {
@@ -83,7 +124,6 @@ async def create(
             "created_at": now,
         },
     )
-    await _insert_products(connection, id, products)
     await _replace_caps(connection, id, "", caps, now)
     await mark_changed(connection, [id])
 
@@ -212,6 +252,11 @@ async def unassign(connection: AsyncConnection, id: str, distributor: str, if_ve
     for table in (caps, assignments):
         here = (table.c.campaign == id, table.c.distributor == distributor)
         await connection.execute(delete(table).where(*here))
+
+
+async def touch(connection: AsyncConnection, id: str, if_version: int | None = None) -> None:
+    """The campaign counts as changed, by what the caller changes of its product.  Raises NotFound and Conflict."""
+    await _begin(connection, id, if_version)
 
 
 async def mark_changed(connection: AsyncConnection, ids: Collection[str]) -> None:

@@ -103,6 +103,7 @@ async def all_campaigns(conn: AsyncConnection) -> list[Registered]:
     return [
         Registered(campaign, known[campaign.id].changed_in, known[campaign.id].created_at)
         for campaign in (await control.snapshot(conn, 0)).campaigns
+        if campaign.products  # else it is that of a product
     ]
 
 

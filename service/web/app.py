@@ -77,6 +77,11 @@ class App:
         await send({"type": "http.response.body", "body": answer.body})
         tally.count(answer.status, answer.code, perf_counter() - began)
 
+    @property
+    def ready(self) -> bool:
+        """A catalogue was loaded once, and new requests are taken."""
+        return self._issuer.ready
+
     def flush_tallies(self) -> None:
         """What was counted is in the metrics."""
         for tally in self._tallies.values():

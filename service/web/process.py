@@ -12,25 +12,35 @@ from collections.abc import AsyncIterator, Sequence
 
 import structlog
 
+from service import keyring
 from service.domain import Record, Request
 from service.errors import StoreUnreachable
 from service.issuance import Issuer
+from service.keyring import Keyring
 from service.logs import where
 from service.scripts import Scripts, connect
 from service.settings import Settings
 from service.store import ledger
 from service.store.database import Database, check_migrated
+from service.web.access import AccessTokens
+from service.web.app import App
+from service.web.documents import documents
+from service.web.oauth import TokenEndpoint
 from service.web.preload import Preload
 from service.web.serving import main
-from service.web.v1 import Issuing
+from service.web.v3 import ClientApi
+from service.web.v3_catalogue import ProductCatalogue, Stock
+from service.web.v3_retrieval import OwnVouchers
 
 
 @contextlib.asynccontextmanager
-async def build_issuer(settings: Settings) -> AsyncIterator[Issuing]:
-    """The issuer over real servers, neither of which has to answer now; connections are closed at the end.
+async def build(settings: Settings) -> AsyncIterator[App]:
+    """The application over real servers, neither of which has to answer now; connections are closed at the end.
 
-    Raises Misconfigured if a URL is unusable or the store's schema is not one for this version.
+    Raises Misconfigured if a URL is unusable, the store's schema is not one for this version, or the secrets file that
+    the settings name can't be used.
     """
+    secrets = keyring.named(settings.secrets_file)
     async with contextlib.AsyncExitStack() as closing:
         database = Database.connect(settings.store_url)
         closing.push_async_callback(database.close)
@@ -66,10 +76,14 @@ async def build_issuer(settings: Settings) -> AsyncIterator[Issuing]:
             queue_max=settings.queue_max,
             deadline_s=settings.deadline_ms / 1000,
             distributor_rate_max=settings.distributor_rate_max,
+            id_key="" if secrets is None else secrets.ids.current,
         )
         preloading = asyncio.create_task(preload.run())
         try:
-            yield issuer
+            if secrets is None:
+                yield App(issuer, routes=documents(client_api=False, scope_prefix=""))
+            else:
+                yield _with_client_api(settings, secrets, issuer, database, Scripts(redis))
         finally:
             preload.stop()
             preloading.cancel()
@@ -77,5 +91,19 @@ async def build_issuer(settings: Settings) -> AsyncIterator[Issuing]:
             await preload.close()
 
 
+def _with_client_api(settings: Settings, secrets: Keyring, issuer: Issuer, database: Database, scripts: Scripts) -> App:
+    tokens = AccessTokens(
+        issuer, secrets, name=settings.issuer, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix
+    )
+    endpoint = TokenEndpoint(issuer, tokens, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix)
+    catalogue = ProductCatalogue(issuer, Stock(database, scripts).left)
+    own = OwnVouchers(issuer, database, scripts, patience_s=settings.deadline_ms / 1000)
+    return App(
+        issuer,
+        ClientApi(issuer, tokens, catalogue, own, secrets.ids),
+        [*endpoint.routes(), *documents(client_api=True, scope_prefix=settings.scope_prefix)],
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], build_issuer))
+    sys.exit(main(sys.argv[1:], build))

@@ -28,7 +28,6 @@ from service.errors import Misconfigured
 from service.settings import Settings
 from service.web.app import App
 from service.web.protocol import PARTING_MAX, bounded
-from service.web.v1 import Issuing
 
 # Open connections of one process: each costs some 20 KB; terminals behind a proxy need far fewer.
 CONNECTIONS_MAX: Final = 10_000
@@ -49,7 +48,7 @@ TEMPORARY_PREFIX: Final = "voucherd-metrics-"  # of a directory for metrics that
 
 MISCONFIGURED: Final = 78  # exit status; EX_CONFIG of sysexits.h
 
-Build = Callable[[Settings], contextlib.AbstractAsyncContextManager[Issuing]]
+Build = Callable[[Settings], contextlib.AbstractAsyncContextManager[App]]
 
 
 class Order(msgspec.Struct):
@@ -86,8 +85,7 @@ async def run(listener: socket.socket, control: socket.socket, settings: Setting
             writer.write(msgspec.json.encode(word) + b"\n")
 
     try:
-        async with build(settings) as issuer:
-            app = App(issuer)
+        async with build(settings) as app:
             server = Server(configured(app, settings, connections_max=_room_for_connections()))
 
             def drain() -> None:
@@ -98,7 +96,7 @@ async def run(listener: socket.socket, control: socket.socket, settings: Setting
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
             tasks = [
                 asyncio.create_task(_obey(reader, drain)),
-                asyncio.create_task(_watch(issuer, server, say)),
+                asyncio.create_task(_watch(app, server, say)),
                 asyncio.create_task(_flush(app)),
             ]
             try:
@@ -147,14 +145,14 @@ async def _obey(reader: asyncio.StreamReader, drain: Callable[[], None]) -> None
         shutil.rmtree(directory, ignore_errors=True)  # the parent can't any more
 
 
-async def _watch(issuer: Issuing, server: Server, say: Callable[[Word], None]) -> None:
-    """Tells the parent whenever the issuer becomes ready or stops being so."""
+async def _watch(app: App, server: Server, say: Callable[[Word], None]) -> None:
+    """Tells the parent whenever the application becomes ready or stops being so."""
     said = False
     while not server.should_exit:
-        if issuer.ready and server.started and not said:
+        if app.ready and server.started and not said:
             gc.collect()
             gc.freeze()  # the catalogue and the modules stay; no collection need look at them again
-        if (issuer.ready and server.started) != said:
+        if (app.ready and server.started) != said:
             said = not said
             say(Word("ready" if said else "starting"))
         await asyncio.sleep(WATCH_S)

@@ -15,11 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope
 
+from service.catalogue import Catalogue
 from service.domain import (
     Authenticated,
     Busy,
@@ -38,6 +39,8 @@ from service.tokens import well_formed
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer, method_not_allowed, problem, unavailable
 
+T = TypeVar("T")
+
 PATH: Final = "/api/v1/voucher/request"
 AUTHORIZATION_MAX: Final = 256  # bytes; what is longer holds no token of ours, and only its scheme is looked at
 
@@ -46,10 +49,13 @@ class Issuing(Protocol):
     """What ``service.issuance.Issuer`` offers to the APIs."""
 
     @property
+    def catalogue(self) -> Catalogue | None: ...
+    @property
     def ready(self) -> bool: ...
     def submit(self, credential: str, request: Request, answered: Callable[[Outcome], None]) -> None: ...
     async def issue(self, credential: str, request: Request) -> Outcome: ...
     async def authenticate(self, credential: str) -> Authenticated | Unauthorized | Suspended | Busy: ...
+    async def confirm(self, judge: Callable[[Catalogue], T]) -> T | Busy: ...
     def start(self) -> None: ...
     async def drain(self) -> None: ...
 

@@ -27,6 +27,7 @@ from service.domain import (
 )
 from service.identity import IdKeys
 from service.messages import QUANTITY_MAX, IssueRequest
+from service.web.access import Access
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer
 from service.web.v1 import Issuing
@@ -38,37 +39,34 @@ PREFIX: Final = "/v3/"
 _Pairs = list[tuple[bytes, bytes]]
 
 
-class Access(msgspec.Struct, frozen=True):
-    """A verified access token: whose it is, and ``credential``, for a catalogue in force to say if that still holds."""
-
-    client: str
-    distributor: str
-    credential: str
-    scopes: frozenset[str]
-
-
-class AccessTokens(Protocol):
-    """What ``service.web.access`` offers."""
+class Admitting(Protocol):
+    """What ``service.web.access.AccessTokens`` offers."""
 
     async def admit(self, authorization: bytes, scope: str) -> Access | str: ...
 
 
-class Reading(Protocol):
-    """What answers the requests that issue nothing."""
+class Products(Protocol):
+    """What ``service.web.v3_catalogue.ProductCatalogue`` offers."""
 
     async def products(self, access: Access) -> Answer: ...
     async def product(self, access: Access, code: str) -> Answer: ...
+
+
+class Vouchers(Protocol):
+    """What ``service.web.v3_retrieval.OwnVouchers`` offers."""
+
     async def vouchers(self, access: Access, query: bytes) -> Answer: ...
-    async def voucher(self, access: Access, voucher_id: str) -> Answer: ...
+    async def voucher(self, access: Access, text: str) -> Answer: ...
 
 
 class ClientApi:
     """Client API v3 over an issuer, access tokens, and what reads catalogue and ledger."""
 
-    def __init__(self, issuer: Issuing, tokens: AccessTokens, reading: Reading, ids: IdKeys) -> None:
+    def __init__(self, issuer: Issuing, tokens: Admitting, products: Products, vouchers: Vouchers, ids: IdKeys) -> None:
         self._issuer = issuer
         self._tokens = tokens
-        self._reading = reading
+        self._products = products
+        self._vouchers = vouchers
         self._ids = ids
 
     async def answer(self, scope: Scope, receive: Receive) -> Answer | None:
@@ -95,13 +93,13 @@ class ClientApi:
             return await self._issue(access, name, pairs, headers, receive)
         match resource, name:
             case "products", "":
-                return await self._reading.products(access)
+                return await self._products.products(access)
             case "products", _:
-                return await self._reading.product(access, name)
+                return await self._products.product(access, name)
             case "vouchers", "":
-                return await self._reading.vouchers(access, scope["query_string"])
+                return await self._vouchers.vouchers(access, scope["query_string"])
             case _:
-                return await self._reading.voucher(access, name)
+                return await self._vouchers.voucher(access, name)
 
     def refused(self, name: str) -> Answer:
         """A row of the error table."""

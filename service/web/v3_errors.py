@@ -120,12 +120,23 @@ def error_body(name: str, details: str = "") -> dict[str, str]:
     return {**error, "details": details} if details else error
 
 
+def new_request_id() -> str:
+    """The id of a request that is not answered from a record."""
+    return random_uuid(secrets.randbits(128))
+
+
+def answered(body: msgspec.Struct) -> Answer:
+    """200 with this body."""
+    encoded = msgspec.json.encode(body)
+    return Answer(200, [JSON, (b"content-length", b"%d" % len(encoded))], encoded, "read")
+
+
 def refusal(
     name: str, details: str = "", *, headers: tuple[tuple[bytes, bytes], ...] = (), request_id: str = ""
 ) -> Answer:
     """The answer for one row of the table, with a request id of its own if none is given."""
     row = REFUSALS[name]
-    request_id = request_id or random_uuid(secrets.randbits(128))
+    request_id = request_id or new_request_id()
     body = msgspec.json.encode({"request_id": request_id, "error": error_body(name, details)})
     sent = [JSON, (b"content-length", b"%d" % len(body)), *row.headers, *headers]
     if row.retryable:

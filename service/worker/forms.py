@@ -113,3 +113,20 @@ def _day(text: str) -> date | None:
 
 def _midnight(day: date, zone: ZoneInfo) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+_AFTER: Final = re.compile(r"(\d{1,5}) ?(day|month|year)s?", re.ASCII)
+
+
+def product_expiry(text: str, zone: ZoneInfo) -> tuple[str, str]:
+    """A product's rule of expiry as it is stored, and in words: `12 months` counts from issuance, a day is its end."""
+    match = _AFTER.fullmatch(text)
+    if match is not None:
+        number, unit = int(match[1]), match[2]
+        return f"{unit}s:{number}", f"{number} {unit}{'' if number == 1 else 's'} from issuance"
+    try:
+        return f"until:{end_of(text, zone) - 1}", f"until {text}"
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no expiry: write `90 days`, `12 months`, `1 year`, or a day (2029-10-31)"
+        ) from None

@@ -32,9 +32,10 @@ from service.domain import (
 )
 from service.identity import IdKeys, uuid_text
 from service.messages import PartAnswer, VouchersAnswer
+from service.web.access import Access
 from service.web.app import App
 from service.web.incoming import BODY_MAX
-from service.web.v3 import Access, ClientApi, idempotency_key
+from service.web.v3 import ClientApi, idempotency_key
 from service.web.v3_errors import REFUSALS
 from tests.calling import Seen, answer
 from tests.issuers import DISTRIBUTOR, FakeIssuer
@@ -68,7 +69,7 @@ class Tokens:
 class Reading:
     """Nothing here reads."""
 
-    async def products(self, access: Access) -> Any:
+    async def products(self, access: Access, *_: Any) -> Any:
         raise AssertionError("not asked for")
 
     product = vouchers = voucher = products
@@ -108,7 +109,7 @@ class Call:
 
     def __init__(self) -> None:
         self.issuer, self.tokens = V3Issuer(), Tokens()
-        self.app = App(self.issuer, ClientApi(self.issuer, self.tokens, Reading(), IDS))
+        self.app = App(self.issuer, ClientApi(self.issuer, self.tokens, Reading(), Reading(), IDS))
 
     async def __call__(
         self, body: bytes | None = None, *, method: str = "POST", path: str = PATH,
