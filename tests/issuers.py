@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from typing import Any
 
+from service.catalogue import Catalogue
 from service.domain import (
     Authenticated,
     Busy,
@@ -52,6 +54,7 @@ class FakeIssuer:
     """
 
     def __init__(self) -> None:
+        self.catalogue: Catalogue | None = None
         self.outcome: Outcome | Callable[[Request], Outcome] | None = None
         self.authentication: Authenticated | Unauthorized | Suspended | Busy | None = None
         self.fault: Exception | None = None
@@ -79,6 +82,10 @@ class FakeIssuer:
         if self.authentication is not None:
             return self.authentication
         return Authenticated(DISTRIBUTOR) if credential == TOKEN else Unauthorized("token_unknown")
+
+    async def confirm(self, judge: Callable[[Catalogue], Any]) -> Any:
+        assert self.catalogue is not None
+        return judge(self.catalogue)
 
     def submit(self, credential: str, request: Request, answered: Callable[[Outcome], None]) -> None:
         if self.fault is not None:

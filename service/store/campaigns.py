@@ -109,7 +109,7 @@ async def _create(
     if (await connection.execute(select(pools.c.id).where(pools.c.id == pool))).first() is None:
         raise NotFound(f"there is no pool {pool}: create it first")
     if (await connection.execute(select(campaigns.c.id).where(campaigns.c.id == id))).first() is not None:
-        raise Conflict(f"there is a campaign or a product {id} already")
+        raise Conflict(f"campaign {id} exists already, or a product of this code")
     await connection.execute(
         insert(campaigns),
         {

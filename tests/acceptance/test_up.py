@@ -239,11 +239,44 @@ def test_mob_alone_is_served_from_its_own_campaign(second: Running) -> None:
 
 
 def test_no_secret_can_be_read_by_others_or_in_a_log(second: Running) -> None:
-    for name in ("demo.json", "demo.token", "connection.json", "valkey/valkey.conf"):
+    for name in (
+        "demo.json", "demo.token", "demo.secret", "secrets.json", "connection.json", "valkey/valkey.conf",
+    ):  # fmt: skip
         assert stat.S_IMODE((second.data_dir / name).stat().st_mode) == 0o600, name
-    assert set(second.demo) == {"base_url", "ops_url", "distributor_id", "token"}
+    assert set(second.demo) == {
+        "base_url", "ops_url", "distributor_id", "token", "client_id", "client_secret", "product_code",
+    }  # fmt: skip
     for log in (second.data_dir / "log").iterdir():
-        assert second.demo["token"] not in log.read_text(), log
+        for secret in ("token", "client_secret"):
+            assert second.demo[secret] not in log.read_text(), log
+
+
+def test_the_example_of_client_api_v3_works_as_it_is_printed(second: Running) -> None:
+    """A token by curl, the catalogue, the source's own request, and what it issued; pasted twice, the same voucher."""
+    printed = second.text.partition("The same by Client API v3")[2].partition("Both are described")[0]
+    pasted = printed.partition("\n\n")[2]
+    programs = second.data_dir.parent / "programs"
+    programs.mkdir(exist_ok=True)
+    if shutil.which("curl") is None:
+        (programs / "curl").write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.acceptance.curl "$@"\n')
+        (programs / "curl").chmod(0o755)
+    told = []
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", "-e"], input=pasted.replace("\ncurl", "\necho; curl"), text=True, capture_output=True,
+            env={**environment(checkout=True), "PATH": f"{programs}:{os.environ['PATH']}"}, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append([json.loads(line) for line in done.stdout.splitlines() if line])
+    (catalogue, issued, read), again = told[0], told[1][1]
+    assert [one["product_code"] for one in catalogue["products"]] == ["MAMVDDMMYY01"]
+    (voucher,) = issued["vouchers"]
+    assert again == issued
+    assert read["voucher"] == voucher
+    assert voucher["voucher_code"].startswith("UG1")
+    assert (voucher["name"], voucher["expiration"], voucher["remaining_amount"]) == (
+        "$10 UNIQGIFT Value Based Test Voucher", "2029-10-31T23:59:59+08:00", 1000,
+    )  # fmt: skip
 
 
 def test_ledger_shows_the_voucher_and_the_books_balance(second: Running, first: First) -> None:

@@ -24,6 +24,7 @@ BOUNDS = {
     "redis_timeout_ms": (10, 10_000),
     "receive_timeout_ms": (100, 60_000),
     "drain_s": (1, 300),
+    "token_lifetime_s": (60, 86_400),
 }
 # What else has to be set for a field's own bound to be the one that is met.
 COMPANIONS = {
