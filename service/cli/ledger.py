@@ -37,6 +37,9 @@ app = typer.Typer(help="The ledger: what was issued, for good.", no_args_is_help
 def find(
     request_id: Annotated[str | None, typer.Option(metavar="ID", help="The request's id.", show_default=False)] = None,
     code: Annotated[str | None, typer.Option(metavar="CODE", help="The voucher code.", show_default=False)] = None,
+    voucher_id: Annotated[
+        str | None, typer.Option(metavar="UUID", help="The id of a voucher of Client API v3.", show_default=False)
+    ] = None,
     distributor: Annotated[str | None, typer.Option(metavar="ID", help="Who asked.", show_default=False)] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Show at most so many, the latest ones.")] = 20,
     as_json: options.AsJson = False,
@@ -47,9 +50,13 @@ def find(
     Exit status 1 if nothing fits. What was issued a moment ago may still be on its way here.
     """
 
+    wanted = None if voucher_id is None else options.typed(forms.voucher_id_of, voucher_id)
+
     async def run() -> list[Found]:
         async with connected(data_dir) as here, here.database.read() as conn:
-            return await ledger.find(conn, request_id=request_id, code=code, distributor=distributor, limit=limit)
+            return await ledger.find(
+                conn, request_id=request_id, code=code, voucher_id=wanted, distributor=distributor, limit=limit
+            )
 
     found = asyncio.run(run())
     if as_json:

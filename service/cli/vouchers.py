@@ -14,9 +14,10 @@ from service.cli import options
 from service.cli.connections import actor, connected
 from service.cli.console import instant, print_facts, print_json, say
 from service.domain import Terms
-from service.store import control, vouchers
-from service.store.vouchers import Held, State
+from service.store import vouchers
+from service.store.vouchers import Change, Held
 from service.vouchers import expires_at, voucher_name
+from service.worker import forms
 
 app = typer.Typer(help="Vouchers of Client API v3: what became of them.", no_args_is_help=True)
 
@@ -35,7 +36,7 @@ def show(
     """Show a voucher: whose it is, what it is worth, and what became of it."""
     if (id is None) == (code is None):
         raise typer.BadParameter("say either the voucher's id or --code")
-    wanted = None if id is None else _uuid(id)
+    wanted = None if id is None else options.typed(forms.voucher_id_of, id)
 
     async def run() -> Held:
         async with connected(data_dir) as here, here.database.read() as conn:
@@ -47,7 +48,7 @@ def show(
 @app.command("void")
 def void(id: Id, as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
     """Void a voucher, for good. It gives back neither its code nor what it used of a cap."""
-    _set(id, "voided", None, as_json, data_dir)
+    _change(id, "void", as_json, data_dir)
 
 
 @app.command("mark-used")
@@ -55,40 +56,33 @@ def mark_used(
     id: Id,
     remaining: Annotated[
         int,
-        typer.Option(metavar="N", help="What is left of it, cents or items: with some left it stays active.", min=0),
+        typer.Option(metavar="N", help="What is left of one of multiple use, cents or items.", min=0),
     ] = 0,
     as_json: options.AsJson = False,
     data_dir: options.DataDir = None,
 ) -> None:
     """Say that a voucher was used, or that so much is left of it."""
-    _set(id, "active" if remaining else "used", remaining, as_json, data_dir)
+    _change(id, "mark-used", as_json, data_dir, remaining)
 
 
 @app.command("deactivate")
 def deactivate(id: Id, as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
     """Say that a voucher can't be used for the time being."""
-    _set(id, "inactive", None, as_json, data_dir)
+    _change(id, "deactivate", as_json, data_dir)
 
 
 @app.command("activate")
 def activate(id: Id, as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
     """Say that a voucher can be used again."""
-    _set(id, "active", None, as_json, data_dir)
+    _change(id, "activate", as_json, data_dir)
 
 
-def _set(id: str, state: State, remaining: int | None, as_json: bool, data_dir: Path | None) -> None:
-    wanted, now = _uuid(id), int(time.time())
+def _change(id: str, what: Change, as_json: bool, data_dir: Path | None, remaining: int = 0) -> None:
+    wanted, now = options.typed(forms.voucher_id_of, id), int(time.time())
 
     async def run() -> Held:
         async with connected(data_dir) as here, here.database.write() as conn:
-            before, after = await vouchers.set_state(conn, wanted, state, remaining, now)
-            if (before.status, before.remaining) != (after.status, after.remaining):
-                left = "" if after.remaining is None else f", {after.remaining} left"
-                await control.log(
-                    conn, actor=actor(), action="voucher state", subject=str(UUID(bytes=wanted)),
-                    detail=f"{before.status} -> {after.status}{left}", now=now,
-                )  # fmt: skip
-            return after
+            return await vouchers.change(conn, wanted, what, now, actor=actor(), remaining=remaining)
 
     after = asyncio.run(run())
     if as_json:
@@ -96,13 +90,6 @@ def _set(id: str, state: State, remaining: int | None, as_json: bool, data_dir: 
     else:
         left = "" if after.remaining is None else f", {after.remaining:,} left"
         say(f"voucher {UUID(bytes=after.voucher_id)} is {after.status}{left}")
-
-
-def _uuid(text: str) -> bytes:
-    try:
-        return UUID(text).bytes
-    except ValueError:
-        raise typer.BadParameter(f"{text[:80]!r} is no voucher_id: that is a UUID") from None
 
 
 def _print(held: Held, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from sqlalchemy import ColumnElement, FromClause, Row, Select, Table, and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, FromClause, Row, Select, Table, and_, func, literal, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
@@ -24,7 +24,10 @@ __all__ = [
 
 
 class Found(msgspec.Struct, frozen=True):
-    """One issued code with its request.  ``double``: another request had the code before, this is an incident."""
+    """One issued code with its request.  ``double``: another request had the code before, this is an incident.
+
+    ``voucher_id`` is a UUID's 16 bytes, None where the API gives none.
+    """
 
     partition: int
     generation: int
@@ -50,6 +53,12 @@ class Found(msgspec.Struct, frozen=True):
     serial: str
     expires_at: int
     double: bool = False
+    voucher_id: bytes | None = None
+
+    @property
+    def client_reference(self) -> str:
+        """What a client of Client API v3 calls its sale; '' if it said nothing, and on v1."""
+        return self.payload.split("\t")[4] if self.api == "v3" else ""
 
 
 # Codes handed on at a time: a megabyte or two, and enough that a statement's own costs don't count.
@@ -146,6 +155,7 @@ async def find(
     *,
     request_id: str | None = None,
     code: str | None = None,
+    voucher_id: bytes | None = None,
     distributor: str | None = None,
     limit: int = 100,
 ) -> list[Found]:
@@ -166,11 +176,17 @@ async def find(
         if not holders:
             return []
         wanted = wanted.where(or_(*(_covers(way) for way in holders)))
+    if voucher_id is not None:
+        known = await conn.execute(select(*_way_columns(issuances)).where(issuances.c.voucher_id == voucher_id))
+        ways = [way_of(row) for row in known]
+        if not ways:
+            return []
+        wanted = wanted.where(or_(*(_covers(way) for way in ways)))
     return [
         _found(row, one)
         for row, given in await _told(conn, wanted, limit)
         for one in given
-        if code is None or one.code.code == code
+        if (code is None or one.code.code == code) and (voucher_id is None or one.voucher_id == voucher_id)
     ][:limit]
 
 
@@ -182,7 +198,7 @@ async def earliest_first(conn: AsyncConnection, wanted: Wanted) -> AsyncIterator
     snapshot.
     """
     position = [requests.c[name] for name in ("issued_at", *WAY)]
-    columns = [_FOUND_FROM[name] for name in Found.__struct_fields__ if name != "double"]
+    columns = [literal(False) if name == "double" else _FOUND_FROM[name] for name in Found.__struct_fields__]
     query: Select[Any] = (
         select(*columns, requests.c.ordinal.label("first"))
         .outerjoin_from(requests, issuances, _given_to(requests))
@@ -220,7 +236,7 @@ async def _whole(conn: AsyncConnection, rows: Sequence[Any]) -> list[Found]:
         conn, Way(first.partition, first.generation, first.outbox_seq, first.first), first.quantity
     ):
         code = msgspec.structs.asdict(one.code)
-        found.append(msgspec.structs.replace(template, ordinal=one.ordinal, double=True, **code))
+        found.append(msgspec.structs.replace(template, ordinal=one.ordinal, double=True, voucher_id=None, **code))
     return sorted(found, key=lambda one: one.ordinal)
 
 
@@ -228,7 +244,7 @@ async def _whole(conn: AsyncConnection, rows: Sequence[Any]) -> list[Found]:
 _FOUND_FROM: Final = {
     **{name: requests.c[name] for name in Found.__struct_fields__ if name in requests.c},
     "request_id": requests.c.key,
-    **{name: issuances.c[name] for name in ("ordinal", "lot", "seq", "code", "serial", "expires_at")},
+    **{name: issuances.c[name] for name in ("ordinal", "lot", "seq", "code", "serial", "expires_at", "voucher_id")},
 }
 
 
@@ -238,6 +254,7 @@ class _Given(NamedTuple):
     ordinal: int
     code: Code
     double: bool
+    voucher_id: bytes | None = None
 
 
 async def _told(
@@ -246,7 +263,7 @@ async def _told(
     """The latest ``limit`` of the wanted requests, the latest first, each with its codes as far as they are known."""
     latest = [requests.c[name].desc() for name in ("issued_at", *WAY)]
     page = wanted.order_by(*latest).limit(limit).subquery()
-    given_columns = [issuances.c[name].label(f"given_{name}") for name in _GIVEN]
+    given_columns = [issuances.c[name].label(f"given_{name}") for name in (*_GIVEN, "voucher_id")]
     rows = await conn.execute(
         select(page, *given_columns)
         .outerjoin_from(page, issuances, _given_to(page))
@@ -256,7 +273,12 @@ async def _told(
     for _, group in groupby(rows, key=way_of):
         some = list(group)
         given = [
-            _Given(row.given_ordinal, Code(*(row._mapping[f"given_{name}"] for name in _GIVEN[1:])), double=False)
+            _Given(
+                row.given_ordinal,
+                Code(*(row._mapping[f"given_{name}"] for name in _GIVEN[1:])),
+                double=False,
+                voucher_id=row.given_voucher_id,
+            )
             for row in some
             if row.given_ordinal is not None
         ]
@@ -301,7 +323,8 @@ def _record(row: Row[Any], given: Sequence[_Given]) -> Record:
 def _found(row: Row[Any], one: _Given) -> Found:
     request = {name: row._mapping[name] for name in Found.__struct_fields__ if name in requests.c and name != "ordinal"}
     code = {name: getattr(one.code, name) for name in ("lot", "seq", "code", "serial", "expires_at")}
-    return Found(request_id=row.key, ordinal=one.ordinal, double=one.double, **request, **code)
+    place: dict[str, Any] = {"ordinal": one.ordinal, "double": one.double, "voucher_id": one.voucher_id}
+    return Found(request_id=row.key, **place, **request, **code)
 
 
 def _way_columns(table: Table) -> list[ColumnElement[int]]:

@@ -6,21 +6,22 @@ apart; one that nothing was said of is active.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Literal
+from collections.abc import Collection
+from typing import Any, Literal
+from uuid import UUID
 
 import msgspec
 from sqlalchemy import ColumnElement, Select, and_, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Terms
 from service.errors import Conflict, NotFound
+from service.store import control
 from service.store.schema import WAY, issuances, requests, voucher_states
 from service.store.stock import digest
 
 State = Literal["active", "inactive", "used", "voided"]
-STATES: Final[tuple[State, ...]] = ("active", "inactive", "used", "voided")
+Change = Literal["void", "mark-used", "deactivate", "activate"]
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -60,10 +61,15 @@ class Held(msgspec.Struct, frozen=True):
         return amount if amount is not None else self.face_value or 0
 
 
-async def of_client(conn: AsyncConnection, client: str, ids: Sequence[bytes]) -> dict[bytes, Held]:
-    """Those of the ids, at most some dozen, that are vouchers of this client."""
-    wanted = _vouchers().where(issuances.c.voucher_id.in_(ids), requests.c.client == client, requests.c.api == "v3")
-    return {held.voucher_id: held for held in map(_held, await conn.execute(wanted))}
+async def found(conn: AsyncConnection, wanted: Collection[tuple[str, bytes]]) -> dict[tuple[str, bytes], Held]:
+    """Those of the (client, voucher id) that are vouchers of this client, each under its own; by one statement.
+
+    At most ``entries.IN_MAX`` ids.
+    """
+    ids = sorted({id for _, id in wanted})
+    rows = await conn.execute(_vouchers().where(issuances.c.voucher_id.in_(ids)))
+    known = {(held.client, held.voucher_id): held for held in map(_held, rows)}
+    return {one: known[one] for one in wanted if one in known}
 
 
 async def find(conn: AsyncConnection, *, voucher_id: bytes | None = None, code: str | None = None) -> Held:
@@ -79,35 +85,52 @@ async def find(conn: AsyncConnection, *, voucher_id: bytes | None = None, code: 
     return _held(row)
 
 
-async def set_state(
-    conn: AsyncConnection, voucher_id: bytes, status: State, remaining: int | None, now: int
-) -> tuple[Held, Held]:
-    """The voucher is in this state, durably, and ``remaining`` is left of it (None: as it was); before and after.
+async def change(
+    conn: AsyncConnection, voucher_id: bytes, what: Change, now: int, *, actor: str, remaining: int = 0
+) -> Held:
+    """The voucher after ``what`` was said of it, durably, with a line in the audit log; ``remaining``, in cents or
+    items, goes with "mark-used".  Saying the same again changes nothing, and is not logged.
 
-    Setting the same again changes nothing.  Raises NotFound; Conflict if it was voided, which is final, or if more
-    would be left than it was issued with.
+    Only a void is final: it leaves what remained, and gives back neither the code nor what it used of a cap.  A used
+    voucher can be voided, and, if it is of multiple use, something can be left of it again; it is neither activated nor
+    deactivated.  What is inactive stays so while something is left of it.  Time forbids nothing: reports come late.
+    Raises NotFound, and Conflict if one of these rules or the worth of the voucher forbids it.
     """
-    held = await find(conn, voucher_id=voucher_id)
-    state = voucher_states.c
-    first = {"voucher_id": voucher_id, "status": "active", "changed_at": now}
-    put = sqlite.insert if conn.dialect.name == "sqlite" else postgresql.insert
-    await conn.execute(put(voucher_states).on_conflict_do_nothing(index_elements=["voucher_id"]), first)
-    locked = select(state.status, state.remaining).where(state.voucher_id == voucher_id).with_for_update()
-    before = (await conn.execute(locked)).one()  # two operators at once: the second sees what the first did
-    held = msgspec.structs.replace(held, status=before.status, remaining=before.remaining)
-    if held.status == "voided" and status != "voided":
+    # Two operators at once: the second goes on, and reads, when the first has committed.
+    await conn.execute(select(issuances.c.seq).where(issuances.c.voucher_id == voucher_id).with_for_update())
+    before = await find(conn, voucher_id=voucher_id)
+    status, left = _after(before, what, remaining)
+    if (status, left) == (before.status, before.remaining):
+        return before
+    values = {"status": status, "remaining": left, "changed_at": now}
+    if before.changed_at is None:
+        await conn.execute(voucher_states.insert().values(voucher_id=voucher_id, **values))
+    else:
+        here = voucher_states.c.voucher_id == voucher_id
+        await conn.execute(voucher_states.update().where(here).values(**values))
+    await control.log(
+        conn, actor=actor, action=f"voucher {what}", subject=str(UUID(bytes=voucher_id)), now=now,
+        detail=f"{before.status} -> {status}{'' if left is None else f', {left} left'}",
+    )  # fmt: skip
+    return msgspec.structs.replace(before, **values)
+
+
+def _after(held: Held, what: Change, remaining: int) -> tuple[State, int | None]:
+    if what == "void":
+        return "voided", held.remaining
+    if held.status == "voided":
         raise Conflict("this voucher is voided, and that is final")
-    left = held.remaining if remaining is None else remaining
-    if left is not None and not 0 <= left <= held.worth:
-        raise Conflict(f"this voucher was issued with {held.worth}: 0 to that much can be left of it")
-    after = msgspec.structs.replace(held, status=status, remaining=left, changed_at=now)
-    if (held.status, held.remaining) != (after.status, after.remaining):
-        await conn.execute(
-            voucher_states.update()
-            .where(state.voucher_id == voucher_id)
-            .values(status=status, remaining=left, changed_at=now)
-        )
-    return held, after
+    if what == "mark-used":
+        if not 0 <= remaining <= held.worth:
+            raise Conflict(f"this voucher was issued with {held.worth}: 0 to that much can be left of it")
+        if remaining and not Terms.unpack(held.terms).is_multiple_use:
+            raise Conflict("this voucher is of single use: nothing is left of it once it was used")
+        if not remaining:
+            return "used", 0
+        return "inactive" if held.status == "inactive" else "active", remaining
+    if held.status == "used":
+        raise Conflict("this voucher is used: say with `mark-used --remaining` if something is left of it")
+    return "inactive" if what == "deactivate" else "active", held.remaining
 
 
 def _vouchers() -> Select[Any]:

@@ -30,6 +30,7 @@ from service.web.preload import Preload
 from service.web.serving import main
 from service.web.v3 import ClientApi
 from service.web.v3_catalogue import ProductCatalogue, Stock
+from service.web.v3_reading import LedgerReading
 from service.web.v3_retrieval import OwnVouchers
 
 
@@ -97,7 +98,7 @@ def _with_client_api(settings: Settings, secrets: Keyring, issuer: Issuer, datab
     )
     endpoint = TokenEndpoint(issuer, tokens, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix)
     catalogue = ProductCatalogue(issuer, Stock(database, scripts).left)
-    own = OwnVouchers(issuer, database, scripts, patience_s=settings.deadline_ms / 1000)
+    own = OwnVouchers(LedgerReading(database, scripts, deadline_s=settings.deadline_ms / 1000))
     return App(
         issuer,
         ClientApi(issuer, tokens, catalogue, own, secrets.ids),

@@ -8,6 +8,7 @@ to be in force.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Final, Protocol
 
 import msgspec
@@ -31,7 +32,8 @@ from service.web.access import Access
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer
 from service.web.v1 import Issuing
-from service.web.v3_errors import JSON, error_body, refusal
+from service.web.v3_catalogue import out_of_force
+from service.web.v3_errors import JSON, error_body, new_request_id, refusal
 from service.web.v3_voucher import voucher_renderer
 
 PREFIX: Final = "/v3/"
@@ -55,8 +57,8 @@ class Products(Protocol):
 class Vouchers(Protocol):
     """What ``service.web.v3_retrieval.OwnVouchers`` offers."""
 
-    async def vouchers(self, access: Access, query: bytes) -> Answer: ...
-    async def voucher(self, access: Access, text: str) -> Answer: ...
+    async def vouchers(self, client: str, query: bytes, request_id: str) -> Answer: ...
+    async def voucher(self, client: str, text: str, request_id: str) -> Answer: ...
 
 
 class ClientApi:
@@ -96,10 +98,8 @@ class ClientApi:
                 return await self._products.products(access)
             case "products", _:
                 return await self._products.product(access, name)
-            case "vouchers", "":
-                return await self._vouchers.vouchers(access, scope["query_string"])
             case _:
-                return await self._vouchers.voucher(access, name)
+                return await self._read_vouchers(access, name, scope["query_string"])
 
     def refused(self, name: str) -> Answer:
         """A row of the error table."""
@@ -129,6 +129,14 @@ class ClientApi:
         )  # fmt: skip
         outcome = await self._issuer.issue(access.credential, request)
         return told(outcome, request, self._ids, sent[0])
+
+    async def _read_vouchers(self, access: Access, name: str, query: bytes) -> Answer:
+        said = await self._issuer.confirm(partial(out_of_force, access))
+        if said:
+            return refusal(said.code if isinstance(said, Busy) else said)
+        if name:
+            return await self._vouchers.voucher(access.client, name, new_request_id())
+        return await self._vouchers.vouchers(access.client, query, new_request_id())
 
     async def _unless_out_of_force(self, access: Access, malformed: Answer) -> Answer:
         """``malformed``, unless the client is not in force: that is looked at first."""
@@ -192,12 +200,12 @@ def rendered(issued: Issued, ids: IdKeys, key: bytes) -> Answer:
         expires_at, lot, seq, code, _ = line.split("\t")
         vouchers.append(voucher(code, ids.identity(id_key, int(lot), int(seq)), issued_at, int(expires_at)))
     request_id = ids.request_id(id_key, client, own_key, issued_at)
-    partial = _PARTIAL if len(codes) < int(quantity) else ""
-    body = f'{{"request_id":"{request_id}",{partial}"vouchers":[{",".join(vouchers)}]}}'.encode()
+    part = _PARTIAL if len(codes) < int(quantity) else ""
+    body = f'{{"request_id":"{request_id}",{part}"vouchers":[{",".join(vouchers)}]}}'.encode()
     headers = [JSON, (b"content-length", b"%d" % len(body)), (b"idempotency-key", key)]
     if issued.replayed:
         headers.append(_REPLAYED)
-    if partial:
+    if part:
         return Answer(207, headers, body, "207-762")
     return Answer(200, headers, body, "replayed" if issued.replayed else "issued")
 

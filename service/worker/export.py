@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from service import keys
 from service.domain import instant
 from service.errors import Fault, RedisUnreachable
+from service.identity import uuid_text
 from service.scripts import Scripts
 from service.store import generations, ledger
 from service.store.database import Database
@@ -99,6 +100,8 @@ def fields(one: Found) -> dict[str, object]:
         "outbox": f"{one.partition}/{one.generation}/{one.outbox_seq}.{one.ordinal}",
         "flushed_at": instant(one.flushed_at),
         "double": one.double,
+        "voucher_id": "" if one.voucher_id is None else uuid_text(int.from_bytes(one.voucher_id, "big")),
+        "client_reference": one.client_reference,
     }
 
 

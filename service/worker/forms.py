@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 from typing import Final, cast
+from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from service.catalogue import Cap, CapHolder, Period
@@ -90,6 +91,14 @@ def day_of(text: str, zone: ZoneInfo) -> tuple[int, int]:
     if _day(text) is None:
         raise ValueError(f"{text!r} is no day: write 2026-11-25, say")
     return start_of(text, zone), end_of(text, zone)
+
+
+def voucher_id_of(text: str) -> bytes:
+    """The 16 bytes of a voucher's id, a UUID in any of the ways in which UUIDs are written."""
+    try:
+        return UUID(text).bytes
+    except ValueError:
+        raise ValueError(f"{text[:80]!r} is no voucher id: that is a UUID") from None
 
 
 def _caps(

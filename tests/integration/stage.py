@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Cap, Catalogue, encode, load, period_bounds
-from service.domain import Request
-from service.scripts import Answer, Routed, Scripts, connect
+from service.domain import Record, Request, Rule, Terms
+from service.identity import IdKeys
+from service.scripts import Answer, Plan, Routed, Scripts, connect
 from service.store import campaigns, control
 from service.store.database import Database
 from service.worker.audit import Report, audit
@@ -22,6 +24,12 @@ from service.worker.refill import Refill
 DISTRIBUTOR = "DIST-001"
 OUTBOX_MAX = 10_000
 RETENTION_S = 86_400
+IDS = IdKeys("k1", {"k1": bytes(range(32))})
+CLIENT = "CLIENT-001"
+TERMS = Terms(
+    name="Card of ${FV}", is_value_based=True, is_open_value=True, is_status_available=True, is_multiple_use=True,
+    currency="PHP", amount=None, expiry="days:30", time_zone="Asia/Manila", url="https://v.example/", short_url="",
+)  # fmt: skip
 
 
 class Stage:
@@ -30,7 +38,7 @@ class Stage:
     def __init__(self, database: Database, scripts: Scripts) -> None:
         self.database = database
         self.scripts = scripts
-        self.flush = Flush(database, scripts, consumer="test", retention_s=RETENTION_S)
+        self.flush = Flush(database, scripts, consumer="test", retention_s=RETENTION_S, ids=IDS)
         self.recover = Recover(database, scripts, self.flush, outbox_max=OUTBOX_MAX, retention_s=RETENTION_S)
         self.refill = Refill(database, scripts, low_water=20, store_outage_s=1)
 
@@ -63,15 +71,35 @@ class Stage:
 
     async def issue(self, *keys: str, product: str = "PAY") -> list[Answer]:
         """What the script says to one request per key, as one batch."""
+        plan, version = await self._plan(product)
+        requests = [Request("v1", DISTRIBUTOR, key, DISTRIBUTOR, (product,), f"T1\t{product}") for key in keys]
+        return await self._issue(requests, plan, version)
+
+    async def issue_v3(
+        self, key: str, quantity: int = 1, *, client: str = CLIENT, terms: Terms = TERMS, face_value: int | None = 1_051
+    ) -> Record:
+        """The record of one request of Client API v3, which the campaign CAMP-001 issued under these terms."""
+        plan, version = await self._plan("PAY")
+        rule = Rule("CAMP-001", "CAMP-001", "", "CAMP-001", 0, IDS.current, terms.pack()).pack()
+        plan = Plan(tuple(msgspec.structs.replace(candidate, rule=rule) for candidate in plan.candidates))
+        payload = f"\tCAMP-001\t{quantity}\t{'' if face_value is None else face_value}\tsale-{key}"
+        request = Request("v3", client, key, DISTRIBUTOR, ("CAMP-001",), payload, quantity, face_value)
+        (answer,) = await self._issue([request], plan, version)
+        assert answer.status == "ISSUED"
+        return Record.unpack(answer.detail)
+
+    async def _plan(self, product: str) -> tuple[Plan, int]:
         async with self.database.read() as conn:
             version = await control.version(conn)
             snapshot = await control.snapshot(conn, version)
         catalogue = [part for part in load(encode(snapshot)) if part is not None][-1]
         assert isinstance(catalogue, Catalogue)
-        plan = catalogue.route(DISTRIBUTOR, (product,)).plan
+        return catalogue.route(DISTRIBUTOR, (product,)).plan, version
+
+    async def _issue(self, requests: Sequence[Request], plan: Plan, version: int) -> list[Answer]:
         now = int(time.time())
         reply = await self.scripts.issue(
-            [Routed(Request("v1", DISTRIBUTOR, key, DISTRIBUTOR, (product,), f"T1\t{product}"), plan) for key in keys],
+            [Routed(request, plan) for request in requests],
             generation=(await self.scripts.generation()).open,
             version=version,
             outbox_max=OUTBOX_MAX,

@@ -32,7 +32,7 @@ from tests.calling import Seen, answer
 from tests.issuers import FakeIssuer
 
 NOW = 1_800_000_000
-SECRET = new_token(SECRET_PREFIX)
+SECRET = "vcs_0ForTheTests0ForTheTests0ForTheTests000000024iFzU"  # fixed, because names of tests show it
 SCOPES = ("read_catalogue", "issue_vouchers", "read_vouchers")
 PREFIX = "client_v3_demo/"
 
