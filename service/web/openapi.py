@@ -204,8 +204,17 @@ def _token(scope_prefix: str) -> Node:
         "operationId": "getToken", "tags": ["Client API v3"], "summary": "An access token for an hour",
         "security": [{"secret": []}, {}],
         "requestBody": {"required": True, "content": {"application/x-www-form-urlencoded": {"schema": form}}},
-        "responses": {"200": _answer(messages.TokenAnswer, "The token")} | refused | _problems(()),
+        "responses": {"200": _answer(messages.TokenAnswer, "The token")} | _both(refused, _problems(())),
     }  # fmt: skip
+
+
+def _both(some: Node, others: Node) -> Node:
+    """Answers of two kinds: where they share a status, it has two forms."""
+    merged = dict(others)
+    for status, answer in some.items():
+        other = merged.get(status)
+        merged[status] = answer if other is None else answer | {"content": answer["content"] | other["content"]}
+    return merged
 
 
 def _body(message: type) -> Node:
