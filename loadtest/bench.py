@@ -120,7 +120,7 @@ def _print(rounds: list[dict[str, float]], options: argparse.Namespace) -> int:
     print("met" if median["ratio"] <= RATIO_MAX else "missed")
     each = median["v3_twenty_us"] / TWENTY
     print(
-        f"Client API v3: one voucher {median['v3_one_us']:.1f} us, {TWENTY} in one call {median['v3_twenty_us']:.1f} us "
+        f"Client API v3: one voucher {median['v3_one_us']:.1f} us, {TWENTY} in one {median['v3_twenty_us']:.1f} us "
         f"({each:.1f} us each), {median['twenty']:.2f} times as much; the target is at most {TWENTY_MAX:g}:",
         end=" ",
     )
