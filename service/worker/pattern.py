@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Collection, Iterator
 from typing import Final
 
@@ -67,8 +68,10 @@ class Pattern(msgspec.Struct, frozen=True):
             raise Conflict("a pattern has at most one check character (*), after all placeholders")
         if "*" in self.text and "#" in self.text and len(self._random) > CHECKED_MAX:
             raise Conflict(f"a check character covers at most {CHECKED_MAX} others")
-        if len(self.words) > WORDS_MAX or any(len(word) < WORD_CHARACTERS_MIN for word in self.words):
-            raise Conflict(f"at most {WORDS_MAX} words of {WORD_CHARACTERS_MIN} letters and more can be kept out")
+        if len(self.words) > WORDS_MAX or any(len(_read(word)) < WORD_CHARACTERS_MIN for word in self.words):
+            raise Conflict(
+                f"at most {WORDS_MAX} words of {WORD_CHARACTERS_MIN} letters and more, A to Z, can be kept out"
+            )
 
     @property
     def space(self) -> int:
@@ -85,11 +88,12 @@ class Pattern(msgspec.Struct, frozen=True):
 
         Raises Conflict if the words leave none.
         """
-        unwanted = self._unwanted()
+        unwanted = frozenset(map(_read, self.words))
+        lengths = sorted({len(word) for word in unwanted})
         while True:
             for _ in range(DRAWS_MAX):
                 code = self.fill(self._spelled(source.randrange(self.space)))
-                if unwanted is None or unwanted.search(_read(code)) is None:
+                if not unwanted or unwanted.isdisjoint(_parts(_read(code), lengths)):
                     break
             else:
                 raise Conflict(
@@ -136,9 +140,6 @@ class Pattern(msgspec.Struct, frozen=True):
     def _random(self) -> str:
         return "".join(one for one in self.text if one in _CHARACTERS)
 
-    def _unwanted(self) -> re.Pattern[str] | None:
-        return re.compile("|".join(sorted({re.escape(_read(word)) for word in self.words}))) if self.words else None
-
 
 _CHARACTERS: Final = {"#": ALPHABET, "%": DIGITS}
 
@@ -176,5 +177,11 @@ def folded(words: Collection[str]) -> tuple[str, ...]:
 
 
 def _read(text: str) -> str:
-    """What somebody reads in ``text`` who looks for words: letters alone."""
-    return re.sub(r"[^A-Z]", "", text.upper().translate(_LOOKS_LIKE))
+    """What somebody reads in ``text`` who looks for words: letters alone, without their accents."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKD", text)
+    return re.sub(r"[^A-Z]", "", plain.upper().translate(_LOOKS_LIKE))
+
+
+def _parts(text: str, lengths: Collection[int]) -> Iterator[str]:
+    """Every part of ``text`` that has one of these lengths: looked up, ten thousand words cost no more than ten."""
+    return (text[at : at + length] for length in lengths for at in range(len(text) - length + 1))

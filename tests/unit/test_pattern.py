@@ -117,3 +117,14 @@ def test_words_that_leave_no_code_are_told_and_not_looked_for_for_ever() -> None
 def test_words_too_short_are_refused() -> None:
     with pytest.raises(Conflict, match="3 letters and more"):
         Pattern("####", ("AB",))
+
+
+@pytest.mark.parametrize("word", ["---", "ÄÖ", "слово", "6-6"])
+def test_words_of_which_no_letters_are_left_are_refused(word: str) -> None:
+    with pytest.raises(Conflict, match="A to Z"):
+        Pattern("####", folded([word]))
+
+
+def test_accents_hide_no_word() -> None:
+    codes = list(islice(Pattern("%##-#", folded(["cät"])).draw(random.Random(3)), 30_000))
+    assert not [code for code in codes if "CAT" in code.replace("-", "")]
