@@ -61,7 +61,7 @@ def create(
     least_life_s = options.typed(forms.seconds, least_life)
     generator = ""
     if pattern is not None:
-        generator = new_generator(pattern_of(pattern, words), expires_after, expires_at).pack()
+        generator = new_generator(pattern_of(pattern, words), expires_after, expires_at, least_life_s).pack()
     elif expires_after is not None or words is not None:
         raise typer.BadParameter("goes with --pattern", param_hint="--no-words" if words else "--expires-after")
 

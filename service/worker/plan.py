@@ -155,19 +155,19 @@ def _pool(path: str, wanted: WantedPool, there: Pool | None, now: int) -> Step:
     if wanted.least_life is not UNSET:
         after = replace(after, least_life_s=_read(f"{path}.least_life", forms.seconds, str(wanted.least_life)))
     if wanted.pattern is not UNSET or wanted.expires_after is not UNSET:
-        after = replace(after, generator=_generator(path, wanted, there, after.expires_at))
+        after = replace(after, generator=_generator(path, wanted, there, after))
     if after.generator is not None and after.expires_at is None and Generator.unpack(after.generator).days is None:
         raise UnusableDeclaration(f"{path}.expires: the codes of this pool have no other expiry")
     return Step(path, there, after)
 
 
-def _generator(path: str, wanted: WantedPool, there: Pool | None, expires_at: int | None) -> str:
+def _generator(path: str, wanted: WantedPool, there: Pool | None, after: Pool) -> str:
     days = None if isinstance(wanted.expires_after, UnsetType) else wanted.expires_after
     if there is None:
         if isinstance(wanted.pattern, UnsetType):
             raise UnusableDeclaration(f"{path}.expires_after: goes with a pattern")
         try:
-            return new_generator(Pattern(wanted.pattern), days, expires_at).pack()
+            return new_generator(Pattern(wanted.pattern), days, after.expires_at, after.least_life_s).pack()
         except Conflict as fault:
             raise UnusableDeclaration(f"{path}.pattern: {fault}") from None
     known = None if there.generator is None else Generator.unpack(there.generator)

@@ -357,6 +357,46 @@ def test_expired_codes_do_not_count_as_stock_that_is_ahead(store: OnStage) -> No
     assert store(fill) == CHUNK_ROWS_MAX
 
 
+@pytest.mark.parametrize("options", [("--expires", "2040-01-01"), ("--expires-after", "30")])
+def test_codes_that_no_lease_would_take_are_not_made(store: OnStage, options: tuple[str, ...]) -> None:
+    """Each block would be as useless as the one before, and there would be no end to them."""
+    endless(PATTERN, *options, "--least-life", "7d")
+
+    async def fill(stage: Stage) -> tuple[int, list[str]]:
+        late = int(time.time()) + 6 * 86_400
+        async with stage.database.write() as conn:
+            await conn.execute(update(schema.pools).values(default_expires_at=late))
+            if options[0] == "--expires-after":  # as `apply` may change it later
+                await conn.execute(update(schema.pools).values(least_life_s=40 * 86_400))
+        step, refill = filling(stage)
+        made = await step.run_once()
+        await refill.run_once()
+        return made, [one.status for one in await stage.issue("req-1")]
+
+    assert store(fill) == (0, ["NONE"])
+    assert codes_of(store, "ENDLESS") == []
+
+
+def test_a_pool_that_can_t_be_filled_keeps_no_other_from_it(store: OnStage, tmp_path: Path) -> None:
+    endless()
+    ok("pool", "create", "A-FIRST", "--pattern", "CAT-########", "--expires-after", "30")
+    ok("campaign", "create", "CAMP-002", "--category", "MOB", "--product", "MOB", "--pool", "A-FIRST")
+
+    async def fill(stage: Stage) -> list[str]:
+        text = Generator(Pattern("CAT-########", ("CAT",)), 30).pack()
+        async with stage.database.write() as conn:
+            await conn.execute(update(schema.pools).where(schema.pools.c.id == "A-FIRST").values(generator=text))
+        step, refill = filling(stage)
+        assert await step.run_once() == CHUNK_ROWS_MAX
+        await refill.run_once()
+        return [one.status for one in await stage.issue("req-1")]
+
+    assert store(fill) == ["ISSUED"]
+    (tmp_path / "words.txt").write_text("cat")
+    bad = ("--pattern", "CAT-########", "--expires-after", "30", "--no-words", str(tmp_path / "words.txt"))
+    refused("pool", "create", "NEVER", *bad, says="leave no code")
+
+
 def test_codes_may_be_imported_besides(store: OnStage, tmp_path: Path) -> None:
     endless(PATTERN, "--expires", "2040-01-01")
     (tmp_path / "codes.csv").write_text("code\nGIVEN-1\nGIVEN-2\n")
@@ -372,6 +412,7 @@ def test_codes_may_be_imported_besides(store: OnStage, tmp_path: Path) -> None:
         (("--pattern", "A###*", "--expires-after", "5"), "1,000,000 are wanted"),
         (("--pattern", PATTERN, "--expires-after", "0"), "1 to 36500 days"),
         (("--pattern", "A", "--expires-after", "5"), "placeholders"),
+        (("--pattern", PATTERN, "--expires-after", "7", "--least-life", "7d"), "let them expire later"),
     ],
 )
 def test_a_pool_that_could_not_be_filled_is_not_made(store: OnStage, options: tuple[str, ...], says: str) -> None:
