@@ -12,6 +12,7 @@ from service.cli import options
 from service.cli.connections import actor, connected
 from service.cli.console import complain, print_facts, print_json
 from service.worker.codes_file import CodesFile
+from service.worker.generating import Fill
 from service.worker.refill import Refill
 from service.worker.withdrawing import Withdrawal
 from service.worker.withdrawing import withdraw as withdraw_from
@@ -51,6 +52,7 @@ def withdraw(
             refill = Refill(
                 here.database, here.scripts,
                 low_water=here.settings.low_water, store_outage_s=here.settings.store_outage_s,
+                fill=Fill(here.database, here.scripts),  # without it a generated pool might be called exhausted
             )  # fmt: skip
             return await withdraw_from(
                 here.database, here.scripts, refill, pool, named=named, lot=lot, reason=reason, actor=actor()
