@@ -29,6 +29,7 @@ from service.store.stock import CHUNK_ROWS_MAX, Row
 from service.worker import forms, patience
 from service.worker.pattern import Pattern, refuse_crowded
 from service.worker.stocking import (
+    CURRENCY_S,
     ImportReport,
     Listener,
     Tally,
@@ -135,10 +136,13 @@ async def generate_codes(
             raise
         # Another run of the same has finished it just now.
         return tally.report(import_id, pool, known=True, unreached=await raise_stock(database, scripts, pool))
-    drawn = pattern.draw(source or random.SystemRandom())
+    drawn, checked_at = pattern.draw(source or random.SystemRandom()), time.monotonic()
     tally.listener.begun(done)
     resumed_after = done
     while inserted < count:
+        if time.monotonic() - checked_at > CURRENCY_S:
+            await refuse_unchecked(database, scripts)
+            checked_at = time.monotonic()
         # Never more lines than codes are missing: whatever another run of this did meanwhile, it is `count` at most.
         chunk = [
             Row(done + line, code, None, expires_at)

@@ -16,7 +16,11 @@ import orjson
 import pytest
 from sqlalchemy import insert, select, update
 
+from service.errors import StoreIsOlder
+from service.scripts import Scripts
 from service.store import schema, stock
+from service.store.database import Database
+from service.worker import generating
 from service.worker.generating import AHEAD_CODES, CHUNK_ROWS_MAX, Fill, Generator, generate_codes
 from service.worker.pattern import Pattern
 from service.worker.refill import Refill
@@ -395,6 +399,34 @@ def test_a_pool_that_can_t_be_filled_keeps_no_other_from_it(store: OnStage, tmp_
     (tmp_path / "words.txt").write_text("cat")
     bad = ("--pattern", "CAT-########", "--expires-after", "30", "--no-words", str(tmp_path / "words.txt"))
     refused("pool", "create", "NEVER", *bad, says="leave no code")
+
+
+def test_a_store_that_comes_back_older_in_the_middle_is_not_written_to(
+    store: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok("pool", "create", "P", "--expires", "2040-01-01")
+    monkeypatch.setattr(generating, "CURRENCY_S", 0.0)
+    look, looks = generating.refuse_unchecked, 0
+
+    async def generate(stage: Stage) -> None:
+        async def older_at_the_third_look(database: Database, scripts: Scripts) -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                async with database.write() as conn:
+                    await conn.execute(update(schema.catalogue_head).values(version=0))
+            await look(database, scripts)
+
+        monkeypatch.setattr(generating, "refuse_unchecked", older_at_the_third_look)
+        with pytest.raises(StoreIsOlder):
+            await generate_codes(
+                stage.database, stage.scripts, "P", 3 * CHUNK_ROWS_MAX, Pattern(PATTERN), expires_at=None,
+                import_id="p",
+            )  # fmt: skip
+        async with stage.database.read() as conn:
+            assert await conn.scalar(select(schema.lots.c.imported)) == CHUNK_ROWS_MAX
+
+    store(generate)
 
 
 def test_codes_may_be_imported_besides(store: OnStage, tmp_path: Path) -> None:
