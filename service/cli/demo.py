@@ -8,6 +8,7 @@ import random
 import string
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final
 from zoneinfo import ZoneInfo
@@ -67,11 +68,12 @@ async def prepare(
     client_secret = await _prepare_client(database, partition, data_dir / "demo.secret", now)
     if not await _exists(database, schema.signing_keys.c.kid):
         key = new_signing_key(secrets)
-        await change(
-            database, partition,
-            lambda connection: clients.add_key(connection, key.kid, key.public, key.sealed, now, token_lifetime_s),
-            actor=ACTOR, action="keys rotate", subject=key.kid,
-        )  # fmt: skip
+        for action, edit in (
+            ("keys add", partial(clients.add_key, public=key.public, sealed=key.sealed)),
+            ("keys rotate", clients.sign_with),
+        ):
+            put = partial(edit, kid=key.kid, now=now, lifetime_s=token_lifetime_s)
+            await change(database, partition, put, actor=ACTOR, action=action, subject=key.kid)
     await _prepare_product(database, partition, now)
     await _import(database, partition, PRODUCT, _product_rows())
     return Prepared(token, client_secret)

@@ -57,11 +57,18 @@ def rotate(data_dir: options.DataDir = None) -> None:
     async def run() -> None:
         async with connected(data_dir) as here:
             made, now = keyring.new_signing_key(_secrets(here)), int(time.time())
+            lifetime_s = here.settings.token_lifetime_s
             await put_in_force(
                 here,
-                lambda conn: clients.add_key(
-                    conn, made.kid, made.public, made.sealed, now, here.settings.token_lifetime_s
-                ),
+                lambda conn: clients.add_key(conn, made.kid, made.public, made.sealed, now, lifetime_s),
+                action="keys add",
+                subject=made.kid,
+                told=lambda _: None,
+            )
+            # Every process knows it by now, so none is shown a token that it can't verify.
+            await put_in_force(
+                here,
+                lambda conn: clients.sign_with(conn, made.kid, now, lifetime_s),
                 action="keys rotate",
                 subject=made.kid,
                 told=lambda over: say(

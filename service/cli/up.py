@@ -292,12 +292,12 @@ curl \\
 # The same of Client API v3; each line can be pasted by itself, after those above it.
 CURLS: Final = """\
 TOKEN=$(curl -s -u "{client}:{secret}" -d grant_type=client_credentials {base_url}/oauth2/token | cut -d '"' -f 4)
-curl -s -H "Authorization: Bearer $TOKEN" {base_url}/v3/products
+curl -s -H "Authorization: Bearer $TOKEN" {base_url}/v3/products; echo
 VOUCHER=$(curl -s -X POST {base_url}/v3/products/{product} -H "Authorization: Bearer $TOKEN" \
   -H "Idempotency-Key: 30c40ad6-f135-4aad-97d5-79f195680458" -H "Content-Type: application/json" \
   -d '{{"quantity": 1}}'); echo "$VOUCHER"
 curl -s -H "Authorization: Bearer $TOKEN" \
-  {base_url}/v3/vouchers/$(echo "$VOUCHER" | sed 's/.*"voucher_id":"//; s/".*//')"""
+  {base_url}/v3/vouchers/$(echo "$VOUCHER" | sed 's/.*"voucher_id":"//; s/".*//'); echo"""
 
 
 def _stop_signals() -> asyncio.Event:

@@ -83,17 +83,34 @@ async def known(connection: AsyncConnection) -> list[Known]:
     return [_known(row) for row in await connection.execute(select(clients).order_by(clients.c.id))]
 
 
-async def add_key(connection: AsyncConnection, kid: str, public: str, sealed: str, now: int, lifetime_s: int) -> int:
+async def add_key(connection: AsyncConnection, kid: str, public: str, sealed: str, now: int, lifetime_s: int) -> None:
+    """The key verifies, for as long as one that is rotated away, and signs nothing yet.
+
+    Only when this is in force everywhere may it sign: a process loads a catalogue before it is in force, and a token
+    that it signed by that would be shown to one that does not know the key.
+    """
+    await lock(connection)
+    row = {
+        "kid": kid,
+        "public": public,
+        "sealed": sealed,
+        "made_at": now,
+        "verifies_until": now + lifetime_s + MARGIN_S,
+    }
+    await connection.execute(insert(signing_keys), row)
+
+
+async def sign_with(connection: AsyncConnection, kid: str, now: int, lifetime_s: int) -> int:
     """The key signs from now on; the one before verifies until its last token, of this life, is over.  Keys that
-    verify no more are gone; how many that were."""
+    verify no more are gone; how many that were.  Raises NotFound."""
     await lock(connection)
     until = now + lifetime_s + MARGIN_S
-    await connection.execute(
-        update(signing_keys).where(signing_keys.c.verifies_until.is_(None)).values(verifies_until=until)
-    )
+    signs = signing_keys.c.verifies_until.is_(None)
+    await connection.execute(update(signing_keys).where(signs).values(verifies_until=until))
+    known = update(signing_keys).where(signing_keys.c.kid == kid).values(verifies_until=None)
+    if not (await connection.execute(known)).rowcount:
+        raise NotFound(f"there is no signing key {kid}: `voucherd keys list` says which there are")
     over = await connection.execute(delete(signing_keys).where(signing_keys.c.verifies_until <= now))
-    row = {"kid": kid, "public": public, "sealed": sealed, "made_at": now}
-    await connection.execute(insert(signing_keys), row)
     return over.rowcount
 
 

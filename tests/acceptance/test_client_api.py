@@ -20,7 +20,10 @@ import pytest
 from service.client import ApiError, AsyncClient, Client, Issued
 from tests.acceptance.service import Service
 
-WHOLE = ("--amount", "1000", "--currency", "SGD", "--url", "https://v.example/", "--time-zone", "Asia/Singapore")
+WHOLE = (
+    "--amount", "1000", "--currency", "SGD", "--url", "https://v.example/", "--multiple-use", "--time-zone",
+    "Asia/Singapore",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
