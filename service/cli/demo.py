@@ -66,7 +66,7 @@ async def prepare(
     for demo in DEMOS:
         await _import(database, partition, demo.campaign, _rows(demo.prefix))
     client_secret = await _prepare_client(database, partition, data_dir / "demo.secret", now)
-    if not await _exists(database, schema.signing_keys.c.kid):
+    if not await _signs(database):
         key = new_signing_key(secrets)
         for action, edit in (
             ("keys add", partial(clients.add_key, public=key.public, sealed=key.sealed)),
@@ -139,10 +139,14 @@ async def _prepare_product(database: Database, partition: Scripts, now: int) -> 
     await change(database, partition, edit, actor=ACTOR, action="demo", subject=PRODUCT)
 
 
-async def _exists(database: Database, column: Column[str], value: str | None = None) -> bool:
-    wanted = select(column) if value is None else select(column).where(column == value)
+async def _signs(database: Database) -> bool:
     async with database.read() as connection:
-        return (await connection.execute(wanted.limit(1))).first() is not None
+        return any(key.verifies_until is None for key in await clients.keys(connection))
+
+
+async def _exists(database: Database, column: Column[str], value: str) -> bool:
+    async with database.read() as connection:
+        return (await connection.execute(select(column).where(column == value))).first() is not None
 
 
 async def _create(connection: AsyncConnection, token_sha256: str, now: int) -> None:
