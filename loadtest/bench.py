@@ -32,6 +32,7 @@ from rich.table import Table
 
 from loadtest.client import Run, run
 from loadtest.vouchers import IssueVouchers, VoucherRequests
+from service.client import Client
 
 RATIO_MAX = 2.5  # the target: service + Redis over the no-op application
 TWENTY_MAX = 6.0  # the target: a call for 20 vouchers over a call for one
@@ -56,6 +57,7 @@ def main() -> int:
         with _noop() as (noop, noop_port), _voucherd(Path(folder), options) as (serving, valkey, work, demo):
             port = int(demo["base_url"].rsplit(":", 1)[1])
             vouchers = VoucherRequests(demo["token"], demo["distributor_id"])
+            _check_client_api(demo)
             access_token = _access_token(demo)
             one, twenty = (IssueVouchers(access_token, demo["product_code"], quantity) for quantity in (1, TWENTY))
             progress.update(task, advance=1, description="warming up")
@@ -228,6 +230,14 @@ def _voucherd(
     finally:
         up.terminate()
         up.wait(STOP_S_MAX)
+
+
+def _check_client_api(demo: dict[str, str]) -> None:
+    """What is about to be measured does what it should: 20 vouchers are issued, and read back as they were answered."""
+    with Client(demo["base_url"], demo["client_id"], demo["client_secret"]) as client:
+        issued = client.issue(demo["product_code"], TWENTY)
+        if client.vouchers([voucher.voucher_id for voucher in issued.vouchers]) != issued.vouchers:
+            raise SystemExit("vouchers were read back otherwise than they were issued")
 
 
 def _access_token(demo: dict[str, str]) -> str:

@@ -153,6 +153,14 @@ class Record(msgspec.Struct, frozen=True):
         )  # fmt: skip
 
 
+def codes_in(record: str) -> int:
+    """How many codes a record holds."""
+    return record.count("\n") - _HEAD_LINES + 1
+
+
+_HEAD_LINES: Final = 8  # of a record, before its codes
+
+
 class Request(msgspec.Struct, frozen=True):
     """One request as the hot path sees it, whichever API it came by.  All fields are validated.
 

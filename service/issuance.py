@@ -33,6 +33,7 @@ from service.domain import (
     Request,
     Suspended,
     Unauthorized,
+    codes_in,
 )
 from service.errors import Fault, RedisFull, RedisUnreachable
 from service.scripts import Answer, Counter, PeriodBounds, Reply, Routed, Scripts
@@ -341,7 +342,8 @@ class Issuer:
             elif answer.status == "BACKLOG":
                 self._answer(waiting, OVERLOADED)
             else:
-                issued += waiting.vouchers if answer.status == "ISSUED" else 0
+                if answer.status == "ISSUED":  # a cap may have left fewer than were asked for
+                    issued += 1 if waiting.vouchers == 1 else codes_in(answer.detail)
                 replayed += answer.status == "REPLAY"
                 self._answer(waiting, _settled(answer))
         metrics.vouchers_issued.inc(issued)

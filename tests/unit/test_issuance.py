@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
+from service import metrics
 from service.catalogue import Campaign, Catalogue, Pool, Snapshot, encode, load
 from service.domain import (
     Authenticated,
@@ -22,6 +24,7 @@ from service.domain import (
     Suspended,
     Unauthorized,
     Unavailable,
+    codes_in,
 )
 from service.errors import RedisFull, RedisUnreachable, ReplyMismatch, StoreUnreachable
 from service.issuance import BATCH_VOUCHERS_MAX, BREAKER_FAILURES, Issuer
@@ -316,4 +319,16 @@ async def test_authenticate_says_whose_a_token_is_only_after_the_fence() -> None
     assert await service.authenticate(TOKEN) == Authenticated("D")
     assert await service.authenticate(new_token()) == Unauthorized("token_unknown")
     assert script.versions == [1, 1]
+    await service.drain()
+
+
+async def test_what_is_counted_as_issued_is_what_was_given_and_not_what_was_asked_for() -> None:
+    """The record of the script holds one code, as if a cap had left no more."""
+    service = issuer(Script("ISSUED"))
+    service.start()
+    before = metrics.vouchers_issued._value.get()
+    many = msgspec.structs.replace(request("many"), quantity=20)
+    await asyncio.gather(service.issue(TOKEN, request("one")), service.issue(TOKEN, many))
+    assert metrics.vouchers_issued._value.get() - before == 2
+    assert codes_in(record(many).pack()) == 1
     await service.drain()
