@@ -17,6 +17,9 @@ from service.errors import Misconfigured
 
 PREFIX = "VOUCHERD_"
 
+# Seconds.  A signing key that was rotated away verifies for so long, whatever a process that signed with it was told.
+TOKEN_LIFETIME_S_MAX = 86_400
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
@@ -38,11 +41,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """port of metrics and health, 0 picks a free one"""
     secrets_file: str = ""
     """file with the keys of voucher ids and of sealing, `voucherd keys create` makes it; without it no Client API v3"""
-    issuer: str = "voucherd"
+    issuer: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,200}\Z")] = "voucherd"
     """`iss` of access tokens; the same for all processes"""
-    token_lifetime_s: Annotated[int, msgspec.Meta(ge=60, le=86_400)] = 3_600
+    token_lifetime_s: Annotated[int, msgspec.Meta(ge=60, le=TOKEN_LIFETIME_S_MAX)] = 3_600
     """seconds that an access token of Client API v3 is good for"""
-    scope_prefix: Annotated[str, msgspec.Meta(pattern=r"\A([A-Za-z0-9._-]+/)?\Z")] = ""
+    scope_prefix: Annotated[str, msgspec.Meta(pattern=r"\A([A-Za-z0-9._-]{1,64}/)?\Z")] = ""
     """what scopes begin with, such as `client_v3_demo/`"""
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """processes that serve the public API"""

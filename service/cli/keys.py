@@ -16,6 +16,7 @@ from service.cli.connections import Connected, connected, put_in_force
 from service.cli.console import instant, print_json, print_table, say
 from service.errors import Misconfigured
 from service.keyring import Keyring
+from service.settings import TOKEN_LIFETIME_S_MAX
 from service.store import clients
 from service.store.clients import KnownKey
 
@@ -50,14 +51,15 @@ def create(
 def rotate(data_dir: options.DataDir = None) -> None:
     """Make a new signing key: when this returns, access tokens are signed with it.
 
-    The key before goes on verifying until its last token is over, so nobody is
-    refused meanwhile. The first time, it makes the first key.
+    The key before goes on verifying for as long as any of its tokens may last, a
+    day, so nobody is refused meanwhile; `keys revoke` ends it at once. The first
+    time, it makes the first key.
     """
 
     async def run() -> None:
         async with connected(data_dir) as here:
             made, now = keyring.new_signing_key(_secrets(here)), int(time.time())
-            lifetime_s = here.settings.token_lifetime_s
+            lifetime_s = TOKEN_LIFETIME_S_MAX  # of those that sign, whose settings may differ from this command's
             await put_in_force(
                 here,
                 lambda conn: clients.add_key(conn, made.kid, made.public, made.sealed, now, lifetime_s),

@@ -6,6 +6,7 @@ the token says; whether its client and its key are still in force is asked of th
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from service import keyring
 from service.catalogue import Catalogue, SigningKey, credential_of
 from service.domain import Busy
 from service.keyring import Keyring
+from service.store.clients import SCOPES as SCOPES
 from service.web.v1 import Issuing
 
 ALGORITHM: Final = "RS256"
-SCOPES: Final = ("read_catalogue", "issue_vouchers", "read_vouchers")
 
 # Bytes of an Authorization header.  Ours are below 900 with the longest client, issuer and prefix; a proxy may have a
 # longer issuer.  What is longer is refused before anything of it is decoded.
@@ -40,14 +41,22 @@ _Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
 class Access(msgspec.Struct, frozen=True):
     """A verified access token: whose it is, and ``credential``, for a catalogue in force to say if that still holds.
 
-    ``scopes`` are without the prefix; ``until`` is Unix seconds from which on it is expired.
+    ``scopes`` are without the prefix; ``until`` is Unix seconds from which on it is expired, or its key
+    verifies no more.
     """
 
     client: str
     distributor: str
     credential: str
     scopes: frozenset[str]
-    until: int = 0
+    until: float = 0
+
+
+class _Verifying(msgspec.Struct, frozen=True):
+    """A public key, and Unix seconds from which on it verifies nothing."""
+
+    key: Any
+    until: float
 
 
 class _Header(msgspec.Struct):
@@ -87,7 +96,7 @@ class AccessTokens:
         self._prefix = scope_prefix
         self._unix_clock = unix_clock
         self._keys: tuple[SigningKey, ...] = ()
-        self._public: dict[str, Any] = {}
+        self._public: dict[str, _Verifying] = {}
         self._private: dict[str, Any] = {}
         self._remembered: dict[bytes, Access] = {}
 
@@ -97,15 +106,17 @@ class AccessTokens:
         The signature and what the token says were verified, by a catalogue that may be superseded by now: whoever
         goes on asks a catalogue in force about ``credential``.
         """
-        access = self._remembered.get(authorization)
         catalogue = self._issuer.catalogue
-        if access is None or catalogue is None or catalogue.signing_keys is not self._keys:
+        if catalogue is not None:
+            self._use_keys_of(catalogue)
+        access = self._remembered.get(authorization)
+        if access is None:
             found = self._verified(authorization, catalogue)
-            if found == _UNKNOWN:  # perhaps the key, or the client, is newer than the catalogue at hand
+            if found is None:  # perhaps the key, or the client, is newer than the catalogue at hand
                 in_force = await self._issuer.confirm(lambda newest: newest)
                 if isinstance(in_force, Busy):
                     return in_force.code
-                found = self._verified(authorization, in_force)
+                found = self._verified(authorization, in_force) or "token_unknown"
             if isinstance(found, str):
                 return found
             access = found
@@ -133,7 +144,13 @@ class AccessTokens:
         }  # fmt: skip
         return jwt.encode(claims, private, algorithm=ALGORITHM, headers={"kid": signing.kid})
 
-    def _verified(self, authorization: bytes, catalogue: Catalogue | None) -> Access | str:
+    def verifying(self, catalogue: Catalogue) -> list[SigningKey]:
+        """The keys of which there may be tokens that are not over."""
+        now = self._unix_clock()
+        return [key for key in catalogue.signing_keys if not key.verifies_until or key.verifies_until > now]
+
+    def _verified(self, authorization: bytes, catalogue: Catalogue | None) -> Access | str | None:
+        """None: the catalogue does not have the key or the client; every other refusal is the same by any catalogue."""
         scheme, _, token = authorization[: AUTHORIZATION_MAX + 1].partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             return "token_missing"
@@ -145,15 +162,16 @@ class AccessTokens:
         except (jwt.InvalidTokenError, msgspec.ValidationError, ValueError):
             return "token_malformed"
         if catalogue is None:
-            return _UNKNOWN
+            return None
         self._use_keys_of(catalogue)
-        key = self._public.get(header.kid)
-        if key is None:
-            return _UNKNOWN
+        now = self._unix_clock()
+        verifying = self._public.get(header.kid)
+        if verifying is None or verifying.until <= now:
+            return None
         try:
             # Times are looked at here, by the clock that is a parameter; the library is told what else must hold.
             said = jwt.decode(
-                text, key, algorithms=[ALGORITHM], issuer=self._name,
+                text, verifying.key, algorithms=[ALGORITHM], issuer=self._name,
                 options={"verify_exp": False, "verify_iat": False, "verify_nbf": False, "verify_aud": False},
             )  # fmt: skip
             claims = msgspec.convert(said, _Claims)
@@ -161,20 +179,20 @@ class AccessTokens:
             return "token_unknown" if isinstance(error, jwt.InvalidSignatureError) else "token_malformed"
         except (jwt.InvalidTokenError, msgspec.ValidationError):
             return "token_unknown"
-        now = self._unix_clock()
         if claims.exp <= now:
             return "token_expired"
-        client = catalogue.client(claims.client_id)
-        if client is None:
-            return _UNKNOWN
         if claims.sub != claims.client_id or max(claims.iat, claims.nbf) > now:
             return "token_unknown"
+        client = catalogue.client(claims.client_id)
+        if client is None:
+            return None
         granted = frozenset(
             scope.removeprefix(self._prefix) for scope in claims.scope.split() if scope.startswith(self._prefix)
         )
         access = Access(
-            claims.client_id, client.distributor, credential_of(header.kid, claims.client_id), granted, claims.exp
-        )
+            claims.client_id, client.distributor, credential_of(header.kid, claims.client_id), granted,
+            min(claims.exp, verifying.until),
+        )  # fmt: skip
         if len(self._remembered) >= REMEMBERED_MAX:
             self._remembered.clear()
         self._remembered[authorization] = access
@@ -184,15 +202,12 @@ class AccessTokens:
         """Verifies by these keys; nothing that was verified by others is remembered."""
         if catalogue.signing_keys is self._keys:
             return
-        self._keys = catalogue.signing_keys
+        before, self._keys = self._keys, catalogue.signing_keys
+        if self._keys == before:  # another version, which changed something else
+            return
         self._remembered.clear()
-        now = self._unix_clock()
         self._public = {
-            key.kid: PyJWK.from_json(key.public).key
-            for key in self._keys
-            if not key.verifies_until or key.verifies_until > now
+            key.kid: _Verifying(PyJWK.from_json(key.public).key, key.verifies_until or math.inf)
+            for key in self.verifying(catalogue)
         }
         self._private = {kid: private for kid, private in self._private.items() if kid in self._public}
-
-
-_UNKNOWN: Final = "token_unknown"

@@ -16,17 +16,22 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote_plus
 
 import msgspec
-from starlette.requests import Request
+import structlog
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from service.domain import Busy
+from service.errors import Misconfigured
 from service.messages import TokenAnswer, TokenRefused
+from service.store.control import ID
 from service.tokens import SECRET_PREFIX, digest, well_formed
 from service.web.access import SCOPES, AccessTokens
-from service.web.incoming import BODY_MAX, exceeds
+from service.web.incoming import BODY_MAX, exceeds, repeated
 from service.web.problems import RETRY_AFTER_S
 from service.web.v1 import Issuing
+
+log = structlog.get_logger(__name__)
 
 # Wrong secrets of one client are answered late: the first after so many seconds, each further one twice as late.
 DELAY_S_MIN: Final = 0.25
@@ -73,6 +78,8 @@ class TokenEndpoint:
 
     async def token(self, request: Request) -> Response:
         """One answer of the token endpoint."""
+        if twice := repeated(request.headers.raw):
+            return _refused(400, "invalid_request", f"The header {twice} was sent more than once.")
         asked = await _form(request)
         if isinstance(asked, str):
             return _refused(400, "invalid_request", asked)
@@ -92,19 +99,23 @@ class TokenEndpoint:
         catalogue = await self._issuer.confirm(lambda newest: newest)
         if isinstance(catalogue, Busy):
             return _busy()
-        keys = [msgspec.Raw(key.public.encode()) for key in catalogue.signing_keys]
+        keys = [msgspec.Raw(key.public.encode()) for key in self._tokens.verifying(catalogue)]
         return Response(
             msgspec.json.encode({"keys": keys}), media_type="application/json",
             headers={"cache-control": "public, max-age=60"},
         )  # fmt: skip
 
     async def _grant(self, id: str, secret: str, scope: str | None) -> Response:
+        if ID.fullmatch(id) is None:
+            id = ""  # no client's, so what is remembered of it is short, and one for all such names
         if self._failures.waiting(id) >= DELAYED_MAX:
-            return _refused(429, "slow_down", "Too many wrong secrets for this client.", _RETRY)
+            return _slow_down()
         said = digest(secret) if well_formed(secret, SECRET_PREFIX) else ""
         catalogue = await self._issuer.confirm(lambda newest: newest)
         if isinstance(catalogue, Busy):
             return _busy()
+        if self._failures.waiting(id) >= DELAYED_MAX:  # those that were confirmed together with this one
+            return _slow_down()
         client = catalogue.client(id)
         # Compared also for a client that does not exist, so that time does not tell which do.
         right = hmac.compare_digest(said, client.secret_sha256 if client is not None else _NOBODY)
@@ -118,7 +129,11 @@ class TokenEndpoint:
         granted = tuple(one.removeprefix(self._prefix) for one in wanted if one.startswith(self._prefix))
         if not wanted or len(granted) < len(wanted) or not set(granted) <= set(client.scopes) & set(SCOPES):
             return _refused(400, "invalid_scope", "The client may not have this scope.")
-        token = self._tokens.sign(id, tuple(dict.fromkeys(granted)), catalogue)
+        try:
+            token = self._tokens.sign(id, tuple(dict.fromkeys(granted)), catalogue)
+        except Misconfigured as fault:  # this process has another secrets file than the one that sealed the key
+            log.critical("no access token can be signed", fault=str(fault))
+            return _refused(503, "temporarily_unavailable", "Access tokens can't be signed now.", _RETRY)
         if token is None:
             return _refused(503, "temporarily_unavailable", "There is no signing key yet.", _RETRY)
         return _json(200, TokenAnswer(token, self._lifetime_s, "Bearer"))
@@ -179,10 +194,13 @@ async def _form(request: Request) -> dict[str, str] | str:
     if length is not None and exceeds(length.encode()):
         return "The form is too large."
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > BODY_MAX:
-            return "The form is too large."
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > BODY_MAX:
+                return "The form is too large."
+    except ClientDisconnect:
+        return "The form did not come whole."
     try:
         pairs = parse_qsl(
             body.decode("utf-8"), keep_blank_values=True, strict_parsing=bool(body), errors="strict",
@@ -222,6 +240,10 @@ def _refused(status: int, error: str, description: str, headers: dict[str, str] 
     if status == 401:
         answer.headers["www-authenticate"] = 'Basic realm="voucherd"'
     return answer
+
+
+def _slow_down() -> Response:
+    return _refused(429, "slow_down", "Too many wrong secrets for this client.", _RETRY)
 
 
 def _busy() -> Response:

@@ -49,6 +49,7 @@ class Issuer(FakeIssuer):
 
     async def confirm(self, judge: Callable[[Catalogue], Any]) -> Any:
         self.confirmed += 1
+        await asyncio.sleep(0)  # as the real one, which never answers at once
         if self.busy is not None:
             return self.busy
         if self.in_force is not None:
@@ -293,6 +294,32 @@ async def test_a_key_whose_time_is_over_verifies_nothing(world: World) -> None:
     assert await world.admit(token) == "token_unknown"
 
 
+async def test_a_key_whose_time_ends_verifies_nothing_more_though_no_catalogue_is_newer(world: World) -> None:
+    old = msgspec.structs.replace(world.keys[0], verifies_until=NOW + 100)
+    world.issuer.catalogue = world.catalogue([old, world.keys[1]])
+    remembered = world.forged(exp=NOW + 10**8)
+    assert isinstance(await world.admit(remembered), Access)
+    world.now = NOW + 100
+    assert await world.admit(remembered) == "token_expired"
+    assert await world.admit(world.forged(exp=NOW + 10**8, jti="of a key that leaked")) == "token_unknown"
+
+
+async def test_a_publication_that_changes_no_key_forgets_no_token(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = world.forged()
+    assert isinstance(await world.admit(token), Access)
+    world.issuer.catalogue = world.catalogue(world.keys[:1])
+    monkeypatch.setattr(module.jwt, "decode", None)
+    assert isinstance(await world.admit(token), Access)
+
+
+@pytest.mark.parametrize("attack", ["another key's signature", "another issuer", "an id token", "made in the future"])
+async def test_what_no_catalogue_would_change_is_refused_without_asking_for_one(world: World, attack: str) -> None:
+    assert await world.admit(ATTACKS[attack](world)) == "token_unknown"
+    assert world.issuer.confirmed == 0
+
+
 async def test_while_no_catalogue_can_be_confirmed_it_is_not_said_that_a_token_is_unknown(world: World) -> None:
     world.issuer.busy = Busy("store_unreachable")
     assert await world.admit(world.forged(kid="0123456789abcdef")) == "store_unreachable"
@@ -449,17 +476,56 @@ async def test_wrong_secrets_are_answered_later_and_later_and_a_right_one_at_onc
 async def test_many_wrong_secrets_at_once_are_not_even_compared(endpoint: Endpoint, world: World) -> None:
     endpoint.gate = asyncio.Event()
     wrong = [asyncio.create_task(endpoint(GRANT, basic=f"CLIENT:{new_token(SECRET_PREFIX)}")) for _ in range(50)]
-    while sum(task.done() for task in wrong) < 50 - DELAYED_MAX:
+    for _ in range(1_000):  # turns of the loop, many more than it takes
         await asyncio.sleep(0)
+    assert sum(task.done() for task in wrong) == 50 - DELAYED_MAX
     assert len(endpoint.slept) == DELAYED_MAX
-    compared = world.issuer.confirmed
+    asked = world.issuer.confirmed
     assert_no_token(await endpoint(GRANT, basic=f"CLIENT:{SECRET}"), 429, "slow_down")
-    assert world.issuer.confirmed == compared
+    assert world.issuer.confirmed == asked
     endpoint.gate.set()
     statuses = [(await task).status for task in wrong]
     assert sorted(set(statuses)) == [401, 429]
     assert statuses.count(401) == DELAYED_MAX
     assert (await endpoint(GRANT, basic=f"CLIENT:{SECRET}")).status == 200
+
+
+async def test_many_right_secrets_at_once_are_all_served(endpoint: Endpoint) -> None:
+    right = await asyncio.gather(*(endpoint(GRANT, basic=f"CLIENT:{SECRET}") for _ in range(50)))
+    assert {seen.status for seen in right} == {200}
+    assert endpoint.slept == []
+
+
+async def test_names_that_are_no_client_s_are_not_remembered_one_by_one(endpoint: Endpoint) -> None:
+    for number in range(DELAYED_MAX):
+        form = {**GRANT, "client_id": f"{number}" + "x" * 10_000, "client_secret": SECRET}
+        assert_no_token(await endpoint(form), 401, "invalid_client")
+    assert list(endpoint.endpoint._failures._clients) == [""]
+    assert endpoint.slept[-1] > endpoint.slept[0]
+
+
+async def test_two_authorizations_get_no_token(endpoint: Endpoint) -> None:
+    headers = [(b"content-type", b"application/x-www-form-urlencoded")]
+    headers += [
+        (b"authorization", b"Basic " + base64.b64encode(who)) for who in (f"CLIENT:{SECRET}".encode(), b"OTHER:x")
+    ]
+    seen = await answer(endpoint.app, "POST", "/oauth2/token", headers=headers, body=urlencode(GRANT).encode())
+    assert_no_token(seen, 400, "invalid_request")
+
+
+async def test_a_client_that_goes_away_while_it_sends_is_no_defect(endpoint: Endpoint) -> None:
+    headers = [(b"content-type", b"application/x-www-form-urlencoded")]
+    seen = await answer(
+        endpoint.app, "POST", "/oauth2/token", headers=headers, body=b"grant_type=", disconnects=True
+    )  # fmt: skip
+    assert_no_token(seen, 400, "invalid_request")
+
+
+async def test_a_key_that_verifies_no_more_is_not_told(endpoint: Endpoint, world: World) -> None:
+    over = msgspec.structs.replace(world.keys[0], verifies_until=NOW)
+    world.issuer.catalogue = world.catalogue([over, world.keys[1]])
+    seen = await answer(endpoint.app, "GET", "/.well-known/jwks.json")
+    assert [key["kid"] for key in seen.problem["keys"]] == [world.keys[1].kid]
 
 
 async def test_the_public_keys_are_told_and_nothing_private(endpoint: Endpoint, world: World) -> None:
@@ -473,3 +539,13 @@ async def test_the_public_keys_are_told_and_nothing_private(endpoint: Endpoint, 
         token, jwt.PyJWK(keys[0]), algorithms=["RS256"], options={"verify_exp": False, "verify_iat": False}
     )
     assert claims["client_id"] == "CLIENT"
+
+
+async def test_a_key_sealed_with_another_secrets_file_is_no_defect_of_the_client(
+    endpoint: Endpoint, world: World, tmp_path: Any
+) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(keyring.new())
+    made = keyring.new_signing_key(keyring.load(file))
+    world.issuer.catalogue = world.catalogue([SigningKey(made.kid, made.public, made.sealed, 0)])
+    assert_no_token(await endpoint(GRANT, basic=f"CLIENT:{SECRET}"), 503, "temporarily_unavailable")

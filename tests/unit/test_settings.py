@@ -95,6 +95,16 @@ def test_an_argument_past_its_bound_is_refused_by_name() -> None:
         load({}, workers=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("issuer", ""), ("issuer", "x" * 201), ("issuer", "a b"), ("issuer", "a\n"), ("scope_prefix", "a"),
+     ("scope_prefix", "x" * 65 + "/"), ("scope_prefix", "a b/"), ("scope_prefix", "a/\n")],
+)  # fmt: skip
+def test_what_would_make_every_access_token_unusable_is_refused(name: str, value: str) -> None:
+    with pytest.raises(Misconfigured, match=f"VOUCHERD_{name.upper()}"):
+        load(environment(**{name: value}))
+
+
 def test_windows_and_outbox_never_cover_less_than_the_promise() -> None:
     small, large = load(environment(planned_rate=1, store_outage_s=1)), load(environment(planned_rate=1_000))
     assert (small.low_water, small.outbox_max) == (20, 10_000)
