@@ -6,6 +6,7 @@ a command that was typed wrong exits with 2.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -112,6 +113,7 @@ app.command()(status)
 def begin() -> None:
     # A command says what it has to say itself; processes turn their log on.
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    logging.basicConfig(handlers=[logging.NullHandler()])  # a library's traceback may quote what it was sent
 
 
 def main() -> None:
