@@ -72,8 +72,8 @@ async def settle(
 
     One snapshot, one pass.  The same ledger gives the same bytes, so settling again changes nothing.  A distributor
     that was given nothing has a file with nothing but the head.  A manifest is there only while it is true of the
-    files, whenever a run was killed.  Raises NotFound for an unknown distributor, Conflict if a manifest is there whose
-    digests are others (unless ``force``): then no file was changed.
+    files, whenever a run was killed.  Raises NotFound for an unknown distributor, Conflict if a manifest of the day is
+    there whose digests are others (unless ``force``): then no file was changed.
     """
     written: dict[str, _Growing] = {}
     manifest_at = folder / f"settlement-{day.day}{f'.{distributor}' if distributor else ''}.manifest.json"
@@ -109,11 +109,14 @@ async def settle(
         totals = Totals(len(files), sum(one.vouchers for one in files), sum(one.bytes for one in files))
         bounds = instant(day.since), instant(day.until)
         manifest = Manifest(day.day, day.time_zone, *bounds, file_format, files, totals)
-        if not force:
-            _refuse_other(manifest_at, manifest)
-        elif manifest_at.exists():
-            manifest_at.unlink()  # a manifest that is there is true of its files, also if this run dies among them
-            sync_folder(folder)
+        # A manifest that is there is true of its files, also if this run dies among them; and that of the whole day
+        # also when one distributor is settled alone.
+        untrue = [(path, why) for path in _of_day(folder, day) if (why := _otherwise(path, manifest, manifest_at))]
+        if untrue and not force:
+            raise Conflict(untrue[0][1])
+        for path, _ in untrue:
+            path.unlink()
+        sync_folder(folder)
         for growing in written.values():
             growing.finish()
         sync_folder(folder)
@@ -146,18 +149,24 @@ class _Growing:
         part_of(self.path).replace(self.path)
 
 
-def _refuse_other(path: Path, manifest: Manifest) -> None:
-    if not path.exists():
-        return
+def _of_day(folder: Path, day: Day) -> list[Path]:
+    """The manifests of the day, whomever they settle."""
+    return sorted(folder.glob(f"settlement-{day.day}.*manifest.json"))
+
+
+def _otherwise(path: Path, manifest: Manifest, own: Path) -> str:
+    """What the manifest at ``path`` says otherwise than ``manifest``, which is to be at ``own``; '' if nothing."""
     try:
         before = msgspec.json.decode(path.read_bytes()[:MANIFEST_BYTES_MAX], type=Manifest)
     except msgspec.DecodeError:
-        raise Conflict(f"{path} is there and is no manifest: move it away, or say --force") from None
+        return f"{path} is there and is no manifest: move it away, or say --force"
     digests = {one.file: one.sha256 for one in manifest.files}
-    changed = [one.file for one in before.files if digests.get(one.file) != one.sha256]
-    if changed or (before.since, before.until) != (manifest.since, manifest.until):
-        which = changed[0] if changed else "the period"
-        raise Conflict(
-            f"{path} says otherwise than the ledger does now ({which}, {len(changed)} files in all): "
-            "settle into another folder and compare, or say --force"
-        )
+    named = [one for one in before.files if path == own or one.file in digests]
+    changed = [one.file for one in named if digests.get(one.file) != one.sha256]
+    if not changed and (path != own or (before.since, before.until) == (manifest.since, manifest.until)):
+        return ""
+    which = changed[0] if changed else "the period"
+    return (
+        f"{path} says otherwise than the ledger does now ({which}, {len(changed)} files in all): "
+        "settle into another folder and compare, or say --force"
+    )

@@ -288,3 +288,32 @@ def test_a_code_that_was_wrongly_issued_twice_is_exported_twice_and_marked(store
     exported = [orjson.loads(line) for line in ok("ledger", "export", "--format", "ndjson").stdout.splitlines()]
     assert [(one["request_id"], one["double"]) for one in exported] == [("req-1", False), ("req-2", True)]
     assert exported[0]["voucher_code"] == exported[1]["voucher_code"]
+
+
+def test_a_whole_day_s_manifest_stays_true_when_one_distributor_is_settled_alone(
+    store: OnStage, tmp_path: Path
+) -> None:
+    stocked(tmp_path)
+    store(_a_week_ago)
+    folder = tmp_path / "out"
+    settle = ("ledger", "settle", "--day", DAY, "--output-dir", str(folder))
+    whole, one = folder / f"settlement-{DAY}.manifest.json", folder / f"settlement-{DAY}.DIST-001.manifest.json"
+    ok(*settle)
+    ok(*settle, "--distributor", "DIST-001")
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {whole.name, one.name} <= set(content)
+
+    async def later(stage: Stage) -> None:
+        async with stage.database.write() as conn:
+            await conn.execute(update(schema.requests).values(issued_at=LAST_WEEK + 5))
+
+    store(later)
+    refused(*settle, "--distributor", "DIST-001", says="says otherwise")
+    refused(*settle, says="says otherwise")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    ok(*settle, "--distributor", "DIST-001", "--force")
+    assert not whole.exists()
+    ok(*settle)
+    for manifest in (whole, one):
+        for file in orjson.loads(manifest.read_bytes())["files"]:
+            assert hashlib.sha256((folder / file["file"]).read_bytes()).hexdigest() == file["sha256"]
