@@ -72,12 +72,6 @@ async def set_active(connection: AsyncConnection, id: str, active: bool) -> None
     await _change(connection, id, active=active)
 
 
-async def set_scopes(connection: AsyncConnection, id: str, scopes: Sequence[str]) -> None:
-    """What the client may ask for from now on.  Raises NotFound, Conflict."""
-    _check_scopes(scopes)
-    await _change(connection, id, scopes=" ".join(scope for scope in SCOPES if scope in scopes))
-
-
 async def known(connection: AsyncConnection) -> list[Known]:
     """All clients, by their ids."""
     return [_known(row) for row in await connection.execute(select(clients).order_by(clients.c.id))]
