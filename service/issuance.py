@@ -36,7 +36,7 @@ from service.domain import (
     codes_in,
 )
 from service.errors import Fault, RedisFull, RedisUnreachable
-from service.scripts import Answer, Counter, PeriodBounds, Reply, Routed, Scripts
+from service.scripts import Answer, Counter, PeriodBounds, Plan, Reply, Routed, Scripts
 
 log = structlog.get_logger()
 
@@ -62,6 +62,9 @@ BREAKER_FAILURES: Final = 3
 BREAKER_PROBE_S: Final = 0.2
 
 T = TypeVar("T")
+
+NO_PLAN: Final = Plan(())
+NO_ROUTE: Final = Route(NO_PLAN, ())
 
 LoadCatalogue = Callable[[int], Awaitable[Catalogue]]
 Lookup = Callable[[Sequence[Request]], Awaitable[Mapping[Request, Record]]]
@@ -97,7 +100,7 @@ class Issuer:
         self._retention_s = retention_s
         self._queue_max = queue_max
         self._deadline_s = deadline_s
-        self._rates = _Rates(distributor_rate_max)
+        self._rates = _Rates(distributor_rate_max) if distributor_rate_max else None
         self._id_key = id_key
         self._clock = clock
         self._unix_clock = unix_clock
@@ -108,7 +111,7 @@ class Issuer:
 
         self._queue: deque[_Waiting] = deque()
         self._queued_vouchers = 0
-        self._checks: list[_Waiting] = []
+        self._checks: list[_Check] = []
         self._refilling: dict[str, list[_Waiting]] = {}
         self._waiting = 0  # requests accepted and not yet answered
         self._work_to_do = asyncio.Event()
@@ -134,7 +137,11 @@ class Issuer:
         if busy is not None:
             answered(busy)
             return
-        self._queue.append(_Waiting(credential, request, answered, self._clock() + self._deadline_s))
+        self._queue.append(
+            _Waiting(
+                request, NO_PLAN, credential=credential, answered=answered, deadline=self._clock() + self._deadline_s
+            )
+        )
         self._queued_vouchers += request.quantity
         self._expect_answer()
 
@@ -155,7 +162,7 @@ class Issuer:
         if len(self._checks) >= CHECKS_MAX:
             return OVERLOADED
         said: asyncio.Future[T | Busy] = asyncio.get_running_loop().create_future()
-        self._checks.append(_Waiting("", None, partial(_resolve, said), self._clock() + self._deadline_s, judge))
+        self._checks.append(_Check(judge, partial(_resolve, said), self._clock() + self._deadline_s))
         self._expect_answer()
         return await said
 
@@ -186,36 +193,37 @@ class Issuer:
     async def _gather(self) -> None:
         while True:
             await self._work_to_do.wait()
-            batch, vouchers = self._checks, 0
-            self._checks = []
-            while self._queue and vouchers + self._queue[0].vouchers <= BATCH_VOUCHERS_MAX:
-                waiting = self._queue.popleft()
-                vouchers += waiting.vouchers
-                batch.append(waiting)
+            checks, self._checks = self._checks, []
+            batch: list[_Waiting] = []
+            room = BATCH_VOUCHERS_MAX
+            while self._queue and (room := room - self._queue[0].request.quantity) >= 0:
+                batch.append(self._queue.popleft())
+            vouchers = sum([waiting.request.quantity for waiting in batch])
             self._queued_vouchers -= vouchers
             metrics.queue.set(self._queued_vouchers)
             if not self._queue:
                 self._work_to_do.clear()
             try:
-                await self._serve(batch)
+                await self._serve(checks, batch)
             except Exception:  # the boundary of the loop: one defect must not end the service
                 log.exception("batch failed")
+                self._answer_all(checks, UNREACHABLE)
                 self._answer_all(batch, UNREACHABLE)
 
     # --- call ----------------------------------------------------------------------------------------------------
 
-    async def _serve(self, batch: list[_Waiting]) -> None:
-        overdue = self._clock()
-        for waiting in batch:
-            if waiting.deadline < overdue:
-                self._answer(waiting, REFILLING if waiting.refill_pause_s > REFILL_RETRY_S_MIN else OVERLOADED)
-        batch = [waiting for waiting in batch if not waiting.done]
+    async def _serve(self, checks: list[_Check], batch: list[_Waiting]) -> None:
+        self._answer_overdue(checks)
+        self._answer_overdue(batch)
         for _ in range(ATTEMPTS_MAX):
-            if not batch:
+            checks = [check for check in checks if not check.done]
+            batch = [waiting for waiting in batch if not waiting.done]
+            if not checks and not batch:
                 return
             try:
                 catalogue = self.catalogue or await self._load(0)
                 routed, refused = self._route(catalogue, batch)
+                refused += [(check, check.judge(catalogue)) for check in checks]
                 try:
                     reply = await self._call(catalogue, routed)
                 except RedisFull:
@@ -237,66 +245,60 @@ class Issuer:
             except Fault as fault:
                 self._failed(fault)
                 break
+        self._answer_all(checks, UNREACHABLE)
         self._answer_all(batch, UNREACHABLE)
 
     def _route(
         self, catalogue: Catalogue, batch: Iterable[_Waiting]
-    ) -> tuple[list[tuple[_Waiting, Route]], list[tuple[_Waiting, object]]]:
-        """Who may ask, and what to try for each: by this catalogue, so by the fence that the script confirms.
-
-        With those that are refused, or only asked what a catalogue says, goes what they are to be told.
-        """
-        routed: list[tuple[_Waiting, Route]] = []
-        refused: list[tuple[_Waiting, object]] = []
+    ) -> tuple[list[_Waiting], list[tuple[_Asking, object]]]:
+        """Who may ask, each with what is to be tried for it, and who is refused, with what each is to be told: by this
+        catalogue, so by the fence that the script confirms."""
+        routed: list[_Waiting] = []
+        refused: list[tuple[_Asking, object]] = []
         for waiting in batch:
-            if waiting.judge is not None:
-                refused.append((waiting, waiting.judge(catalogue)))
-                continue
-            request, distributor = waiting.the_request, catalogue.distributor(waiting.credential)
+            request, distributor = waiting.request, catalogue.distributor(waiting.credential)
             if not distributor:
                 refused.append((waiting, TOKEN_UNKNOWN if distributor is None else SUSPENDED))
             elif request.distributor != distributor:
                 refused.append((waiting, DISTRIBUTOR_MISMATCH))
             elif not catalogue.active(distributor):
                 refused.append((waiting, SUSPENDED))
-            elif not waiting.admitted and not self._rates.admit(distributor, self._clock()):
+            elif self._rates is not None and not (waiting.admitted or self._rates.admit(distributor, self._clock())):
                 refused.append((waiting, RATE_LIMITED))
             else:
                 waiting.admitted = True  # asked again after a refill or a newer catalogue it is not counted again
-                routed.append((waiting, self._route_of(catalogue, distributor, request)))
+                if request.api == "v1":
+                    route = catalogue.route(distributor, request.products)
+                else:
+                    route = catalogue.product_route(distributor, request.products[0], request.face_value, self._id_key)
+                waiting.route, waiting.plan = route, route.plan
+                waiting.looked_up = waiting.looked_up_in == self._generation
+                routed.append(waiting)
         return routed, refused
 
-    def _route_of(self, catalogue: Catalogue, distributor: str, request: Request) -> Route:
-        if request.api == "v1":
-            return catalogue.route(distributor, request.products)
-        return catalogue.product_route(distributor, request.products[0], request.face_value, self._id_key)
-
-    async def _call(self, catalogue: Catalogue, routed: Sequence[tuple[_Waiting, Route]]) -> Reply:
+    async def _call(self, catalogue: Catalogue, routed: Sequence[_Waiting]) -> Reply:
         if not routed:
             metrics.fence_checks.inc()
             return await self._scripts.replay([], generation=self._generation, version=catalogue.version)
         began = self._clock()
         reply = await self._scripts.issue(
-            [
-                Routed(waiting.the_request, route.plan, waiting.looked_up_in == self._generation)
-                for waiting, route in routed
-            ],
+            routed,
             generation=self._generation,
             version=catalogue.version,
             outbox_max=self._outbox_max,
             retention_s=self._retention_s,
-            bounds=self._bounds(route for _, route in routed),
+            bounds=self._bounds({waiting.plan for waiting in routed}),
         )
         metrics.batch_requests.observe(len(routed))
         metrics.script_seconds.labels("issue").observe(self._clock() - began)
         return reply
 
-    def _bounds(self, routes: Iterable[Route]) -> dict[Counter, PeriodBounds]:
+    def _bounds(self, plans: Iterable[Plan]) -> dict[Counter, PeriodBounds]:
         now = int(self._unix_clock() + self._server_ahead_s)
         return {
             cap.counter: period_bounds(cap.counter.period, cap.counter.time_zone, now)
-            for route in set(routes)
-            for candidate in route.plan.candidates
+            for plan in plans
+            for candidate in plan.candidates
             for cap in candidate.caps
         }
 
@@ -306,45 +308,45 @@ class Issuer:
         return self.catalogue or catalogue
 
     async def _replay_only(
-        self,
-        catalogue: Catalogue,
-        routed: Sequence[tuple[_Waiting, Route]],
-        refused: Sequence[tuple[_Waiting, object]],
+        self, catalogue: Catalogue, routed: Sequence[_Waiting], refused: Sequence[tuple[_Asking, object]]
     ) -> None:
         """Redis is full: what was issued is answered, nothing new is."""
         reply = await self._scripts.replay(
-            [waiting.the_request for waiting, _ in routed], generation=self._generation, version=catalogue.version
+            [waiting.request for waiting in routed], generation=self._generation, version=catalogue.version
         )
         if reply.status == "OK":
             self._answer_refused(refused)
             metrics.replays.inc(sum(answer.status == "REPLAY" for answer in reply.answers))
-            for (waiting, _), answer in zip(routed, reply.answers, strict=True):
+            for waiting, answer in zip(routed, reply.answers, strict=True):
                 self._answer(waiting, OVERLOADED if answer.status == "MISS" else _settled(answer))
         else:
-            self._answer_all([waiting for waiting, _ in (*routed, *refused)], UNREACHABLE)
+            self._answer_all(routed, UNREACHABLE)
+            self._answer_all([asking for asking, _ in refused], UNREACHABLE)
 
     # --- answer --------------------------------------------------------------------------------------------------
 
-    def _answer_refused(self, refused: Iterable[tuple[_Waiting, object]]) -> None:
-        for waiting, outcome in refused:
-            self._answer(waiting, outcome)
+    def _answer_refused(self, refused: Iterable[tuple[_Asking, object]]) -> None:
+        for asking, outcome in refused:
+            self._answer(asking, outcome)
 
-    def _answer_routed(self, routed: Sequence[tuple[_Waiting, Route]], reply: Reply) -> None:
+    def _answer_routed(self, routed: Sequence[_Waiting], reply: Reply) -> None:
         unknown: list[_Waiting] = []
         issued = replayed = 0
-        for (waiting, route), answer in zip(routed, reply.answers, strict=True):
-            if answer.status == "NONE":
-                self._answer(waiting, route.unavailable(answer.detail))
-            elif answer.status == "REFILL":
-                self._await_refill(waiting, reply.pools[int(answer.detail) - 1])
-            elif answer.status == "LOOKUP":
+        for waiting, answer in zip(routed, reply.answers, strict=True):
+            status, detail = answer.status, answer.detail
+            if status == "ISSUED":  # a cap may have left fewer than were asked for
+                issued += 1 if waiting.request.quantity == 1 else codes_in(detail)
+                self._answer(waiting, Issued(detail, False))
+            elif status == "NONE":
+                self._answer(waiting, waiting.route.unavailable(detail))
+            elif status == "REFILL":
+                self._await_refill(waiting, reply.pools[int(detail) - 1])
+            elif status == "LOOKUP":
                 unknown.append(waiting)
-            elif answer.status == "BACKLOG":
+            elif status == "BACKLOG":
                 self._answer(waiting, OVERLOADED)
             else:
-                if answer.status == "ISSUED":  # a cap may have left fewer than were asked for
-                    issued += 1 if waiting.vouchers == 1 else codes_in(answer.detail)
-                replayed += answer.status == "REPLAY"
+                replayed += status == "REPLAY"
                 self._answer(waiting, _settled(answer))
         metrics.vouchers_issued.inc(issued)
         metrics.replays.inc(replayed)
@@ -358,13 +360,13 @@ class Issuer:
         Redis, but one that ended in the meantime took such records along.
         """
         try:
-            known = await self._lookup([waiting.the_request for waiting in unknown])
+            known = await self._lookup([waiting.request for waiting in unknown])
             for waiting in unknown:
-                record = known.get(waiting.the_request)
+                record = known.get(waiting.request)
                 if record is None:
                     waiting.looked_up_in = generation
                     self._queue_again([waiting])
-                elif record.payload == waiting.the_request.payload:
+                elif record.payload == waiting.request.payload:
                     metrics.replays.inc()
                     self._answer(waiting, Issued(record.pack(), replayed=True))
                 else:
@@ -396,24 +398,30 @@ class Issuer:
 
     def _queue_again(self, waiting: Sequence[_Waiting]) -> None:
         self._queue.extendleft(reversed(waiting))
-        self._queued_vouchers += sum(one.vouchers for one in waiting)
+        self._queued_vouchers += sum(one.request.quantity for one in waiting)
         self._work_to_do.set()
 
-    def _answer(self, waiting: _Waiting, outcome: object) -> None:
-        if waiting.done:
+    def _answer(self, asking: _Asking, outcome: object) -> None:
+        if asking.done:
             return
-        waiting.done = True
+        asking.done = True
         self._waiting -= 1
         if not self._waiting:
             self._idle.set()
         try:
-            waiting.answered(outcome)
+            asking.answered(outcome)
         except Exception:  # a defect at one end must not cost the others of the batch their answers
             log.exception("answer not delivered")
 
-    def _answer_all(self, batch: Iterable[_Waiting], outcome: Outcome) -> None:
-        for waiting in batch:
-            self._answer(waiting, outcome)
+    def _answer_all(self, batch: Iterable[_Asking], outcome: Outcome) -> None:
+        for asking in batch:
+            self._answer(asking, outcome)
+
+    def _answer_overdue(self, batch: Iterable[_Asking]) -> None:
+        now = self._clock()
+        for asking in batch:
+            if asking.deadline < now:
+                self._answer(asking, asking.overdue)
 
     # --- bounds --------------------------------------------------------------------------------------------------
 
@@ -444,27 +452,39 @@ class Issuer:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Waiting(msgspec.Struct, eq=False):
-    """One request that waits for its answer; without a ``request``, for what ``judge`` says of a catalogue in force."""
+class _Check(msgspec.Struct, eq=False):
+    """Someone who waits for what ``judge`` says of a catalogue that is in force."""
 
-    credential: str
-    request: Request | None
+    judge: Callable[[Catalogue], object]
     answered: Callable[[Any], None]
     deadline: float
-    judge: Callable[[Catalogue], object] | None = None
+    done: bool = False
+
+    @property
+    def overdue(self) -> Busy:
+        """What it is told if it had to wait for too long."""
+        return OVERLOADED
+
+
+class _Waiting(Routed, eq=False, kw_only=True):
+    """One request that waits for its answer."""
+
+    credential: str
+    answered: Callable[[Any], None]
+    deadline: float
+    route: Route = NO_ROUTE
     done: bool = False
     admitted: bool = False
     looked_up_in: int = -1  # the generation that was open when the ledger was found not to know the key
     refill_pause_s: float = REFILL_RETRY_S_MIN
 
     @property
-    def vouchers(self) -> int:
-        return self.request.quantity if self.request is not None else 0
+    def overdue(self) -> Busy:
+        """What it is told if it had to wait for too long."""
+        return REFILLING if self.refill_pause_s > REFILL_RETRY_S_MIN else OVERLOADED
 
-    @property
-    def the_request(self) -> Request:
-        assert self.request is not None
-        return self.request
+
+_Asking = _Check | _Waiting
 
 
 class _Rates:
@@ -475,8 +495,6 @@ class _Rates:
         self._left: dict[str, tuple[float, float]] = {}  # by distributor: requests left, as of when
 
     def admit(self, distributor: str, now: float) -> bool:
-        if not self._per_second:
-            return True
         left, at = self._left.get(distributor, (float(self._per_second), now))
         left = min(float(self._per_second), left + (now - at) * self._per_second)
         self._left[distributor] = (left - 1 if left >= 1 else left, now)

@@ -175,7 +175,7 @@ class Routed(msgspec.Struct):
     looked_up: bool = False
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What ``issue`` (or ``replay``) said of one request; see the script's header for status and detail."""
 
     status: str
@@ -373,7 +373,7 @@ class Scripts:
         a record the request it answers, so that no answer can reach anyone else (reliability.md 15)."""
         if isinstance(raw, list) and len(raw) >= 4 and raw[1] == nonce:
             status: Literal["OK", "STALE", "LOST", "CLOCK"] = raw[0]
-            answers = [Answer(*pair) for pair in zip(raw[4::2], raw[5::2], strict=False)] if status == "OK" else []
+            answers = list(map(Answer, raw[4::2], raw[5::2])) if status == "OK" else []
             fence = int(raw[4]) if status == "STALE" else 0
             if status != "OK" or (
                 len(raw) == 4 + 2 * len(requests)

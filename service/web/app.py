@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
@@ -23,9 +24,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
 from service.domain import Outcome
+from service.domain import Request as Asked
 from service.logs import where
 from service.web.problems import Answer, method_not_allowed, problem
-from service.web.v1 import PATH, Issuing, VoucherRequests, plain, told
+from service.web.v1 import PATH, Head, Issuing, VoucherRequests, plain, plain_head, told
 from service.web.v3 import PREFIX, ClientApi
 
 
@@ -87,32 +89,34 @@ class App:
         for tally in self._tallies.values():
             tally.flush()
 
-    def begin(self, headers: dict[bytes, bytes], body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+    def head(self, headers: dict[bytes, bytes]) -> Head | None:
+        """What the headers of a voucher request say, if it may be a plain one."""
+        return plain_head(headers)
+
+    def begin(self, head: Head, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
         """Answers a voucher request that came whole, by calling ``answered`` once.  False: it is not a plain one (or
         not one at all), nothing was done, and ``__call__`` answers it."""
         began = perf_counter()
-
-        def tell(answer: Answer) -> None:
-            answered(answer)
-            self._tally.count(answer.status, answer.code, perf_counter() - began)
-
-        def settle(outcome: Outcome) -> None:
-            try:
-                answer = told(outcome, request)
-            except Exception as fault:  # noqa: BLE001 - as above
-                note_defect(fault, PATH)
-                answer = problem("internal")
-            tell(answer)
-
         try:
-            if (asked := plain(headers, body)) is None:
+            if (request := plain(head, body)) is None:
                 return False
-            token, request = asked
-            self._issuer.submit(token, request, settle)
+            self._issuer.submit(head.token, request, partial(self._settle, answered, request, began))
         except Exception as fault:  # noqa: BLE001 - as above
             note_defect(fault, PATH)
-            tell(problem("internal"))
+            self._tell(answered, problem("internal"), began)
         return True
+
+    def _settle(self, answered: Callable[[Answer], None], request: Asked, began: float, outcome: Outcome) -> None:
+        try:
+            answer = told(outcome, request)
+        except Exception as fault:  # noqa: BLE001 - as above
+            note_defect(fault, PATH)
+            answer = problem("internal")
+        self._tell(answered, answer, began)
+
+    def _tell(self, answered: Callable[[Answer], None], answer: Answer, began: float) -> None:
+        answered(answer)
+        self._tally.count(answer.status, answer.code, perf_counter() - began)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -2,25 +2,31 @@
 
 uvicorn makes a task, a scope, an event and two messages for each request, which together cost more than all that
 voucherd does for it.  A plain request needs none of them: its body is here in one piece, and its answer comes by a
-callback from the batch that it was in.  An ``Exchange`` stands where uvicorn's protocol expects its own cycle, so
-every bound and time-out holds for it as for any other request.
+callback from the batch that it was in.  Nor are its headers read each time: a terminal sends the same ones all day.
+An ``Exchange`` stands where uvicorn's protocol expects its own cycle, so every bound and time-out holds for it as for
+any other request.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from service.web.problems import Answer, problem
+from service.web.problems import Answer, Headers, problem
+from service.web.v1 import Head
 
 
 class Lane(Protocol):
     """What ``service.web.app.App`` offers beside ASGI."""
 
-    def begin(self, headers: dict[bytes, bytes], body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+    def head(self, headers: dict[bytes, bytes]) -> Head | None:
+        """What the headers of a request say that may be a plain one; None if it is none."""
+
+    def begin(self, head: Head, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
         """Calls ``answered`` once, now or later, if the request is a plain one.  False: it is not, nothing was done."""
 
 
@@ -28,7 +34,7 @@ class Exchange:
     """From the end of a request's headers to its answer, with what uvicorn's protocol wants to know of a cycle."""
 
     __slots__ = (
-        "_done", "_head", "body", "disconnected", "headers", "keep_alive", "more_body", "response_complete",
+        "_done", "_server_headers", "body", "disconnected", "head", "keep_alive", "more_body", "response_complete",
         "transport",
     )  # fmt: skip
 
@@ -36,20 +42,20 @@ class Exchange:
 
     def __init__(
         self,
-        headers: dict[bytes, bytes],
+        head: Head,
         transport: asyncio.Transport,
-        head: list[tuple[bytes, bytes]],
+        server_headers: list[tuple[bytes, bytes]],
         keep_alive: bool,
         done: Callable[[Exchange], None],
     ) -> None:
-        self.headers = headers
+        self.head = head
         self.transport = transport
         self.keep_alive = keep_alive
         self.body: bytes | bytearray = b""
         self.more_body = True
         self.disconnected = False
         self.response_complete = False
-        self._head = head  # uvicorn's own headers: the date
+        self._server_headers = server_headers  # uvicorn's own: the date
         self._done = done
 
     @property
@@ -71,12 +77,22 @@ class Exchange:
         self._done(self)
 
     def _write(self, answer: Answer) -> None:
+        start = _start(answer.status, tuple(self._server_headers))
         end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-        lines = b"".join([b"%b: %b\r\n" % header for header in (*self._head, *answer.headers)])
-        self.transport.write(b"%b%b%b%b" % (STATUS_LINE[answer.status], lines, end, answer.body))
+        self.transport.write(b"".join((start, _lines(answer.headers), end, answer.body)))
         if not self.keep_alive:
             self.transport.close()
 
     def cancel(self, msg: str | None = None) -> None:
         """uvicorn gives up waiting, as it cancels a task: whether a voucher was issued is not known."""
         asyncio.get_running_loop().call_soon(self.answered, problem("draining"))  # not now: it is counting its tasks
+
+
+@lru_cache(maxsize=64)  # each status of one second
+def _start(status: int, server_headers: Headers) -> bytes:
+    return STATUS_LINE[status] + _lines(server_headers)
+
+
+@lru_cache(maxsize=4_096)  # they differ in the length of the body, and there are few lengths
+def _lines(headers: Headers) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])

@@ -14,7 +14,7 @@ import orjson
 
 from service.domain import Considered
 
-Headers = list[tuple[bytes, bytes]]
+Headers = tuple[tuple[bytes, bytes], ...]
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -156,14 +156,14 @@ def problem(
     content["retryable"] = row.retryable
     content.update(members)
     body = orjson.dumps(content)
-    sent = [
+    retry_after = () if row.retry_after_s is None else ((b"retry-after", b"%d" % row.retry_after_s),)
+    sent = (
         (b"content-type", b"application/problem+json"),
         (b"content-length", b"%d" % len(body)),
         *row.headers,
         *headers,
-    ]
-    if row.retry_after_s is not None:
-        sent.append((b"retry-after", b"%d" % row.retry_after_s))
+        *retry_after,
+    )
     return Answer(row.status, sent, body, code)
 
 

@@ -26,7 +26,7 @@ from service import metrics
 from service.web.exchange import Exchange, Lane
 from service.web.incoming import BODY_MAX
 from service.web.problems import problem
-from service.web.v1 import PATH
+from service.web.v1 import PATH, Head
 
 HEADERS_MAX: Final = 64  # a partner's client sends about ten, proxies add a few each
 HEADER_BYTES_MAX: Final = 16_384  # request line and headers; what most proxies in front allow
@@ -36,7 +36,11 @@ LINGER_BYTES: Final = 1_048_576  # read and thrown away meanwhile: most of what 
 PARTING_MAX: Final = 128  # connections over the limit that are told so; past it they are cut
 IDLE_GRACE_S: Final = 0.25  # on shutdown: many times what a request needs to get here
 
-_PLAIN_DIGITS_MAX: Final = 4  # of a plain request's Content-Length: below BODY_MAX whatever they are
+# Plain requests' headers that are known by their bytes, so that they are not read again: reading them costs more than
+# deciding the request.  A partner sends a few (its token, some lengths of the body); past the bound all are forgotten.
+HEADS_MAX: Final = 4_096
+HEAD_BYTES_MAX: Final = 1_024  # of one that is remembered: 4 MB at most
+
 _SINGLE: Final = (b"host", b"authorization", b"content-length")
 _VOUCHER_URL: Final = PATH.encode()
 
@@ -51,6 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
     receive_timeout_s: ClassVar[float]
     connections_max: ClassVar[int]
     lane: ClassVar[Lane | None]
+    heads: ClassVar[dict[bytes, Head]]
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.whole = True  # nothing of an unfinished request has been received
+        self.new_head: Head | None = None  # of the plain request that was read last
         self.headed = False  # its headers have, and self.cycle is its cycle
         self.received = 0  # bytes of it, give or take one read
         self.refusal = ""  # why the parser was stopped
@@ -119,6 +125,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.deaf:
             self._throw_away(len(data))
             return
+        if self.whole and self._take_known(data):
+            return
+        alone = self.whole
         self.received += len(data)
         try:
             self.parser.feed_data(data)
@@ -130,6 +139,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if not self.whole:
             self._bound_the_rest()
+        elif alone and self.new_head is not None:
+            self._remember(data, self.new_head)
+            self.new_head = None
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Reads the request again as one that offers no other protocol; ``rest`` is what came after its headers.
@@ -167,6 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self.whole = self.headed = self.expect_100_continue = False
+        self.new_head = None
         self.url = b""
         self.headers = []
 
@@ -191,8 +204,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise self._refused("overloaded")
         if self.parser.should_upgrade():
             return  # it will be read again
-        if self.lane is not None and self.url == _VOUCHER_URL and self._is_plain(named):
-            self._begin_exchange(named)
+        head = self._plain_head(named)
+        if head is not None:
+            self.cycle = self._exchange(head, self.parser.should_keep_alive())  # type: ignore[assignment]  # see there
         else:
             self._begin_cycle()
         self.headed = True
@@ -212,10 +226,10 @@ class BoundedProtocol(HttpToolsProtocol):
         exchange: Any = self.cycle
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
-        elif self.lane is None or not self.lane.begin(exchange.headers, exchange.body, exchange.answered):
+        elif self._begin(exchange, exchange.body):
+            self.new_head = exchange.head if exchange.keep_alive else None
+        else:
             self._leave_to_asgi(exchange)
-        elif not exchange.response_complete:
-            self.tasks.add(exchange)  # type: ignore[arg-type]  # what uvicorn waits for before it stops, and cancels
         if self.draining:
             self.loop.call_later(IDLE_GRACE_S, self._close_if_idle)  # if its answer came before it was whole
 
@@ -251,24 +265,60 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # --- past ASGI
 
-    def _is_plain(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether it is likely that ``lane`` takes the request, whose body is yet to come."""
-        return (
-            (self.cycle is None or self.cycle.response_complete)
+    def _take_known(self, data: bytes) -> bool:
+        """Begins the request if ``data`` is a whole plain one whose headers are known, byte for byte.
+
+        The same bytes mean the same: the parser, which is between two requests, need not see them.
+        """
+        end = data.find(b"\r\n\r\n") + 4
+        head = self.heads.get(data[:end])
+        if head is None or len(data) - end != head.length or self.draining or not self._is_free():
+            return False
+        self.cycle = exchange = self._exchange(head, True)  # type: ignore[assignment]
+        if not self._begin(exchange, data[end:]):
+            self.cycle = None  # type: ignore[assignment]
+            return False
+        if self.timer is not None:
+            self._disarm()
+        return True
+
+    def _remember(self, data: bytes, head: Head) -> None:
+        """``data`` was given to the parser between two requests; the last one in it was plain."""
+        end = data.find(b"\r\n\r\n") + 4
+        if len(data) - end != head.length or end > HEAD_BYTES_MAX or head.key is not None:
+            return  # more than this one request, or headers that will not come again
+        if len(self.heads) >= HEADS_MAX:
+            self.heads.clear()
+        self.heads[data[:end]] = head
+
+    def _plain_head(self, headers: dict[bytes, bytes]) -> Head | None:
+        """What the headers say if it is likely that ``lane`` takes the request, whose body is yet to come."""
+        if (
+            self.lane is not None
+            and self.url == _VOUCHER_URL
             and len(headers) == len(self.headers)
-            and headers.get(b"content-type") == b"application/json"
-            and len(headers.get(b"content-length", b"none at all")) <= _PLAIN_DIGITS_MAX
             and b"expect" not in headers
-            and not self.flow.write_paused
+            and self._is_free()
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
-        )
+        ):
+            return self.lane.head(headers)
+        return None
 
-    def _begin_exchange(self, headers: dict[bytes, bytes]) -> None:
-        self.cycle = Exchange(  # type: ignore[assignment]  # nothing says so, but it is all that uvicorn asks of a cycle
-            headers, self.transport, self.server_state.default_headers, self.parser.should_keep_alive(),
-            self._exchange_done,
-        )  # fmt: skip
+    def _is_free(self) -> bool:
+        """No earlier request waits for its answer, and the client takes answers."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
+
+    def _exchange(self, head: Head, keep_alive: bool) -> Exchange:
+        """What stands for uvicorn's cycle: nothing says that it is one, but it is all that uvicorn asks of it."""
+        return Exchange(head, self.transport, self.server_state.default_headers, keep_alive, self._exchange_done)
+
+    def _begin(self, exchange: Exchange, body: bytes | bytearray) -> bool:
+        if self.lane is None or not self.lane.begin(exchange.head, body, exchange.answered):
+            return False
+        if not exchange.response_complete:
+            self.tasks.add(exchange)  # type: ignore[arg-type]  # what uvicorn waits for before it stops, and cancels
+        return True
 
     def _exchange_done(self, exchange: Any) -> None:
         self.tasks.discard(exchange)
@@ -421,4 +471,5 @@ def bounded(lane: Lane | None = None, *, receive_timeout_ms: int, connections_ma
     Protocol.receive_timeout_s = receive_timeout_ms / 1000
     Protocol.connections_max = connections_max
     Protocol.lane = lane
+    Protocol.heads = {}
     return Protocol

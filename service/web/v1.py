@@ -37,11 +37,12 @@ from service.domain import (
 from service.messages import KEY, NAME, PRODUCTS_MAX, TERMINAL
 from service.tokens import well_formed
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
-from service.web.problems import Answer, method_not_allowed, problem, unavailable
+from service.web.problems import Answer, Headers, method_not_allowed, problem, unavailable
 
 T = TypeVar("T")
 
 PATH: Final = "/api/v1/voucher/request"
+_PLAIN_DIGITS_MAX: Final = 4  # of a plain request's Content-Length: below BODY_MAX whatever they are
 AUTHORIZATION_MAX: Final = 256  # bytes; what is longer holds no token of ours, and only its scheme is looked at
 
 
@@ -122,16 +123,32 @@ class VoucherRequests:
                 return problem("key_mismatch", request_id=request_id)
 
 
-def plain(headers: dict[bytes, bytes], body: bytes | bytearray) -> tuple[str, Request] | None:
-    """The token and the request, if nothing about a POST with these headers is wrong or unusual."""
-    authorization = headers.get(b"authorization", b"")
-    if len(authorization) > AUTHORIZATION_MAX:
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """What the headers of a POST say if nothing about them is wrong or unusual: the token, the length of the body in
+    bytes, and the Idempotency-Key if there is one."""
+
+    token: str
+    length: int
+    key: bytes | None
+
+
+def plain_head(headers: dict[bytes, bytes]) -> Head | None:
+    """What these headers say; None if anything about them is wrong or unusual.  Its body has a length below 10,000."""
+    authorization, length = headers.get(b"authorization", b""), headers.get(b"content-length", b"")
+    if headers.get(b"content-type") != b"application/json" or len(authorization) > AUTHORIZATION_MAX:
+        return None
+    if not 0 < len(length) <= _PLAIN_DIGITS_MAX:
         return None
     token, refusal = _token(authorization)
-    if refusal or (request := _requested(body)) is None:
+    return None if refusal else Head(token, int(length), headers.get(b"idempotency-key"))
+
+
+def plain(head: Head, body: bytes | bytearray) -> Request | None:
+    """The request, if nothing about it is wrong or unusual."""
+    request = _requested(body)
+    if request is None or (head.key is not None and head.key != request.key.encode()):
         return None
-    key = headers.get(b"idempotency-key")
-    return (token, request) if key is None or key == request.key.encode() else None
+    return request
 
 
 def told(outcome: Outcome, request: Request) -> Answer:
@@ -155,7 +172,6 @@ def told(outcome: Outcome, request: Request) -> Answer:
 
 _REPLAYED: Final = (b"idempotent-replayed", b"true")
 _JSON: Final = (b"content-type", b"application/json")
-_LENGTHS: Final = tuple((b"content-length", b"%d" % length) for length in range(1024))  # no answer is longer, see below
 
 
 def rendered(issued: Issued) -> Answer:
@@ -168,10 +184,14 @@ def rendered(issued: Issued) -> Answer:
     if render is None:
         raise ValueError("a record of an unknown layout")
     body = render(lines)
-    length = _LENGTHS[len(body)] if len(body) < len(_LENGTHS) else (b"content-length", b"%d" % len(body))
-    if issued.replayed:
-        return Answer(200, [_JSON, length, _REPLAYED], body, "replayed")
-    return Answer(200, [_JSON, length], body, "issued")
+    headers = _headers(len(body), issued.replayed)
+    return Answer(200, headers, body, "replayed" if issued.replayed else "issued")
+
+
+@lru_cache(maxsize=4_096)  # twice as many as there are lengths of answers
+def _headers(length: int, replayed: bool) -> Headers:
+    headers = (_JSON, (b"content-length", b"%d" % length))
+    return (*headers, _REPLAYED) if replayed else headers
 
 
 def _layout_1(lines: list[str]) -> bytes:

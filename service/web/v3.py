@@ -30,7 +30,7 @@ from service.identity import IdKeys
 from service.messages import QUANTITY_MAX, IssueRequest
 from service.web.access import Access
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
-from service.web.problems import Answer
+from service.web.problems import Answer, Headers
 from service.web.v1 import Issuing
 from service.web.v3_catalogue import out_of_force
 from service.web.v3_errors import JSON, error_body, new_request_id, refusal
@@ -202,9 +202,9 @@ def rendered(issued: Issued, ids: IdKeys, key: bytes) -> Answer:
     request_id = ids.request_id(id_key, client, own_key, issued_at)
     part = _PARTIAL if len(codes) < int(quantity) else ""
     body = f'{{"request_id":"{request_id}",{part}"vouchers":[{",".join(vouchers)}]}}'.encode()
-    headers = [JSON, (b"content-length", b"%d" % len(body)), (b"idempotency-key", key)]
+    headers: Headers = (JSON, (b"content-length", b"%d" % len(body)), (b"idempotency-key", key))
     if issued.replayed:
-        headers.append(_REPLAYED)
+        headers = (*headers, _REPLAYED)
     if part:
         return Answer(207, headers, body, "207-762")
     return Answer(200, headers, body, "replayed" if issued.replayed else "issued")

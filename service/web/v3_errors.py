@@ -128,7 +128,7 @@ def new_request_id() -> str:
 def answered(body: msgspec.Struct) -> Answer:
     """200 with this body."""
     encoded = msgspec.json.encode(body)
-    return Answer(200, [JSON, (b"content-length", b"%d" % len(encoded))], encoded, "read")
+    return Answer(200, (JSON, (b"content-length", b"%d" % len(encoded))), encoded, "read")
 
 
 def refusal(
@@ -138,7 +138,6 @@ def refusal(
     row = REFUSALS[name]
     request_id = request_id or new_request_id()
     body = msgspec.json.encode({"request_id": request_id, "error": error_body(name, details)})
-    sent = [JSON, (b"content-length", b"%d" % len(body)), *row.headers, *headers]
-    if row.retryable:
-        sent.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+    retry_after = ((b"retry-after", b"%d" % RETRY_AFTER_S),) if row.retryable else ()
+    sent = (JSON, (b"content-length", b"%d" % len(body)), *row.headers, *headers, *retry_after)
     return Answer(row.status, sent, body, row.code)

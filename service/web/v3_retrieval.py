@@ -96,4 +96,4 @@ def _told(held: Held, now: int) -> str:
 
 def _answered(member: str, request_id: str) -> Answer:
     body = f'{{"request_id":"{request_id}",{member}}}'.encode()
-    return Answer(200, [JSON, (b"content-length", b"%d" % len(body))], body, "read")
+    return Answer(200, (JSON, (b"content-length", b"%d" % len(body))), body, "read")

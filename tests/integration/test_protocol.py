@@ -219,6 +219,49 @@ def test_unusual_request_is_answered_as_a_plain_one_is(running: Running, unusual
     assert answer.headers.keys() - {"idempotent-replayed"} == plain.headers.keys()
 
 
+@pytest.mark.parametrize("connection", ["one", "another"])
+def test_headers_that_came_before_never_decide_what_is_new_about_a_request(running: Running, connection: str) -> None:
+    """The same headers, byte for byte, over bodies of one length and then otherwise: they were read once."""
+    same, other, no_json = body("req-1001"), body("req-1002"), body("req-1003").replace(b":", b";")
+    with running.client() as first, running.client() as second:
+        first.send(head(length=len(same)) + same).answer()
+        client = first if connection == "one" else second
+        voucher = client.send(head(length=len(same)) + same).answer()
+        assert voucher.headers["idempotent-replayed"] == "true"
+        new = client.send(head(length=len(other)) + other).answer()
+        assert "idempotent-replayed" not in new.headers
+        assert (voucher.content["request_id"], new.content["request_id"]) == ("req-1001", "req-1002")
+        assert_problem(client.send(head(length=len(no_json)) + no_json).answer(), "invalid_json")
+        client.send(head(length=len(same)))  # and the body later
+        assert client.send(same).answer().body == voucher.body
+        client.send(2 * (head(length=len(same)) + same) + head(length=len(other)) + other)
+        assert [client.answer().body for _ in range(3)] == [voucher.body, voucher.body, new.body]
+        client.send(head(length=len(same)) + same[:-1])
+        assert client.send(same[-1:]).answer().body == voucher.body
+        assert client.send(head(length=len(same), token=TOKEN[:-1] + "A") + same).answer().status == 401
+        assert client.send(head(length=len(same)) + same).answer().body == voucher.body
+
+
+def test_known_headers_that_end_the_connection_end_it_again(running: Running) -> None:
+    for _ in range(3):
+        with running.client() as client:
+            answer = client.send(request(extra="Connection: close\r\n")).answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert client.ended()
+
+
+def test_known_headers_are_bounded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.web.protocol.HEADS_MAX", 3)
+    known = running.server.config.http_protocol_class.heads  # type: ignore[attr-defined]
+    for number in range(10):
+        assert running.ask(request(extra=f"X-Number: {number}\r\n")).status == 200
+        assert 1 <= len(known) <= 3
+    for extra in ("X-Long: " + 1_024 * "x" + "\r\n", "Idempotency-Key: req-1001\r\n", "Connection: close\r\n"):
+        before = dict(known)
+        assert running.ask(request(extra=extra)).status == 200
+        assert known == before, "headers that are too long, or that never come again, are not kept"
+
+
 def test_refusal_of_a_plain_request_is_the_one_of_any_other(running: Running) -> None:
     bad = b'{"request_id": ""}'
     for data in (head(length=len(bad)) + bad, head(length=len(bad), extra="Accept: a\r\nAccept: b\r\n") + bad):
