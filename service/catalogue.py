@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
+from service import zones
 from service.domain import Considered, Nothing, Rule, Stop, Terms, Unavailable
 from service.scripts import Candidate, CountedCap, Counter, Plan
 from service.tokens import digest
@@ -400,7 +401,7 @@ TOTAL_END: Final = 1 << 52
 
 def period_start(kind: Literal["day", "hour"], time_zone: str, at: int) -> int:
     """The Unix second at which the day or hour that holds ``at`` began in ``time_zone``."""
-    zone = ZoneInfo(time_zone)
+    zone = zones.zone(time_zone)
     local = datetime.fromtimestamp(at, zone)
     if kind == "hour":
         start = at - local.minute * 60 - local.second
@@ -409,7 +410,7 @@ def period_start(kind: Literal["day", "hour"], time_zone: str, at: int) -> int:
 
 
 def _next_start(kind: Period, time_zone: str, start: int) -> int:
-    zone = ZoneInfo(time_zone)
+    zone = zones.zone(time_zone)
     if kind == "hour":
         local = datetime.fromtimestamp(start, zone)
         end = start + 3600 - local.minute * 60 - local.second

@@ -5,8 +5,8 @@ from __future__ import annotations
 import calendar
 from datetime import date, datetime, time, timedelta
 from functools import lru_cache
-from zoneinfo import ZoneInfo
 
+from service import zones
 from service.domain import Terms
 
 
@@ -35,11 +35,11 @@ def voucher_name(terms: Terms, face_value: int | None) -> str:
 @lru_cache(maxsize=10_000)  # vouchers of one day mostly end in the same second
 def local_time(second: int, time_zone: str) -> str:
     """A Unix second as RFC 3339 with the offset of ``time_zone`` then."""
-    return datetime.fromtimestamp(second, ZoneInfo(time_zone)).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(second, zones.zone(time_zone)).isoformat(timespec="seconds")
 
 
 def _local_day(time_zone: str, second: int) -> date:
-    return datetime.fromtimestamp(second, ZoneInfo(time_zone)).date()
+    return datetime.fromtimestamp(second, zones.zone(time_zone)).date()
 
 
 @lru_cache(maxsize=10_000)  # one a product and day
@@ -54,5 +54,5 @@ def _end_of_day_after(unit: str, number: int, time_zone: str, day: date) -> int:
         last = date(year, month, min(day.day, calendar.monthrange(year, month)[1]))
     # The second before the next day begins: where clocks are put back at midnight there are two 23:59:59, and some days
     # begin at one o'clock.
-    next_day = datetime.combine(last + timedelta(days=1), time(), ZoneInfo(time_zone))
+    next_day = datetime.combine(last + timedelta(days=1), time(), zones.zone(time_zone))
     return int(next_day.timestamp()) - 1

@@ -12,6 +12,7 @@ from typing import Annotated, Final, TypeVar
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service import zones
 from service.catalogue import Cap
 from service.cli import options
 from service.cli.connections import connected, put_in_force
@@ -73,7 +74,7 @@ def create(
 ) -> None:
     """Make a campaign, and its pool if none is named. Nobody issues by it before `campaign assign`."""
     now = int(time.time())
-    zone = options.typed(forms.zone_of, time_zone)
+    zone = options.typed(zones.zone, time_zone)
     starts_at = now if starts is None else options.typed(forms.start_of, starts, zone)
     ends_at = 0 if until is None else options.typed(forms.end_of, until, zone)
     caps = options.typed(forms.caps, cap or (), "campaign")

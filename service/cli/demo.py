@@ -11,12 +11,12 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Final
-from zoneinfo import ZoneInfo
 
 import msgspec
 from sqlalchemy import Column, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service import zones
 from service.cli.embedded import write_private
 from service.keyring import Keyring, new_signing_key
 from service.scripts import Scripts
@@ -120,7 +120,7 @@ async def _prepare_product(database: Database, partition: Scripts, now: int) -> 
     """The product of the published example."""
     if await _exists(database, schema.products.c.code, PRODUCT):
         return
-    ends_at = int(datetime(2029, 10, 31, 23, 59, 59, tzinfo=ZoneInfo(PRODUCT_ZONE)).timestamp())
+    ends_at = int(datetime(2029, 10, 31, 23, 59, 59, tzinfo=zones.zone(PRODUCT_ZONE)).timestamp())
     name = "$10 UNIQGIFT Value Based Test Voucher"
     details = products.Details(
         name=name, url="https://vouchers.example/", short_url="https://v.example/v/", currency="SGD", amount=1000,

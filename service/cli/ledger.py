@@ -10,6 +10,7 @@ from typing import Annotated, BinaryIO, Final
 
 import typer
 
+from service import zones
 from service.cli import options
 from service.cli.connections import Connected, connected
 from service.cli.console import complain, instant, print_facts, print_json, print_table, progress_bar, say
@@ -101,7 +102,7 @@ def export(
     written as it is now. FILE is whole or not there: it is written beside it, as
     FILE.(something).part, and renamed at the end.
     """
-    zone = options.typed(forms.zone_of, time_zone)
+    zone = options.typed(zones.zone, time_zone)
     wanted = Wanted(
         0 if starts is None else options.typed(forms.start_of, starts, zone),
         0 if until is None else options.typed(forms.end_of, until, zone),
@@ -151,7 +152,7 @@ def settle(
     alone, and count 0. A day is complete when it is over and the outbox is past it; one that is not is refused.
     A partner checks a file with `sha256sum FILE`, and its lines (less one for the head of a CSV) are the count.
     """
-    zone = options.typed(forms.zone_of, time_zone)
+    zone = options.typed(zones.zone, time_zone)
     meant = Day(day, time_zone, *options.typed(forms.day_of, day, zone))
 
     async def run() -> tuple[Manifest, Path]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service import zones
 from service.catalogue import Campaign, Product
 from service.cli import campaigns as commands
 from service.cli import options
@@ -92,7 +93,7 @@ def create(
     data_dir: options.DataDir = None,
 ) -> None:
     """Make a product, and its pool if none is named. Nobody issues it before `product assign`."""
-    now, zone = int(time.time()), options.typed(forms.zone_of, time_zone)
+    now, zone = int(time.time()), options.typed(zones.zone, time_zone)
     starts_at = now if starts is None else options.typed(forms.start_of, starts, zone)
     ends_at = 0 if until is None else options.typed(forms.end_of, until, zone)
     caps = options.typed(forms.caps, cap or (), "campaign")
@@ -155,7 +156,7 @@ def change(
     async def edit(conn: AsyncConnection) -> Details:
         if expires is not None:
             _, campaign = await _found(conn, code)
-            expiry, words = options.typed(forms.product_expiry, expires, forms.zone_of(campaign.time_zone))
+            expiry, words = options.typed(forms.product_expiry, expires, zones.zone(campaign.time_zone))
             changes.update({"expiry": expiry, "expiry_scheme": expiry_scheme or words})
         return await products.change(conn, code, changes, if_version)
 

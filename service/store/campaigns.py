@@ -8,13 +8,12 @@ campaign that was looked at and no other: a Conflict tells of a change in betwee
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from typing import Any, Final, get_args
 
 from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service import zones
 from service.catalogue import CANDIDATES_MAX, Campaign, Cap, CapHolder, Period
 from service.domain import instant
 from service.errors import Conflict, NotFound
@@ -102,7 +101,7 @@ async def _create(
 ) -> None:
     check_id("campaign", id)
     _check_window(id, starts_at, until)
-    if time_zone not in _time_zones():
+    if time_zone not in zones.names():
         raise Conflict(f"{time_zone!r} is no time zone: take a name of the IANA database, Europe/Berlin say")
     _check_caps(caps, get_args(CapHolder), f"campaign {id}")
     await lock(connection)
@@ -292,12 +291,6 @@ async def check_candidates(connection: AsyncConnection, now: int, distributor: s
 # --- rules ---------------------------------------------------------------------------------------------------
 
 _ASSIGNED: Final = ("distributor", "terminal")  # what caps of an assignment may count by
-
-
-@cache
-def _time_zones() -> frozenset[str]:
-    # The pinned package's and not the machine's: caps are counted by its rules, in every process alike.
-    return frozenset((files("tzdata") / "zones").read_text().split())
 
 
 def _check_order(id: str, category: str, priority: int) -> None:

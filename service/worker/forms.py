@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 from typing import Final, cast
 from uuid import UUID
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 from service.catalogue import Cap, CapHolder, Period
 from service.worker.codes_file import expiry
@@ -62,14 +62,6 @@ def expiry_of(text: str) -> int:
         return expiry(text)
     except ValueError:
         raise ValueError(f"{text!r} is neither a day (2027-01-31) nor a time (2027-01-31T12:00:00Z)") from None
-
-
-def zone_of(name: str) -> ZoneInfo:
-    """A time zone by its name in the IANA database."""
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{name!r} is no time zone: take a name like Europe/Berlin") from None
 
 
 def start_of(text: str, zone: ZoneInfo) -> int:

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
+from service import zones
 from service.catalogue import Campaign, Cap, CapHolder
 from service.domain import instant
 from service.errors import Conflict
@@ -196,7 +197,7 @@ def _campaign(path: str, wanted: WantedCampaign, there: Campaign | None, now: in
         time_zone=wanted.time_zone,
         products=UNSET if wanted.products is UNSET else tuple(sorted(set(wanted.products))),
     )  # fmt: skip
-    zone = _read(f"{path}.time_zone", forms.zone_of, after.time_zone)
+    zone = _read(f"{path}.time_zone", zones.zone, after.time_zone)
     until = _read(f"{path}.until", forms.end_of, wanted.until, zone)
     starts_at = _read(f"{path}.from", forms.start_of, wanted.starts, zone)
     after = _given(after, starts_at=starts_at, until=0 if until is None else until)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from zoneinfo import ZoneInfo
 
 import pytest
 from sqlalchemy import insert, update
 
+from service import zones
 from service.catalogue import Cap, CapHolder, Period
 from service.domain import Code, Record, Rule
 from service.store import books, campaigns, control, generations, ledger, stock
@@ -301,7 +301,7 @@ async def test_the_cap_of_one_assignment_is_not_held_against_another(shop: Datab
 async def test_days_are_those_of_the_campaigns_zone(shop: Database, till: Till) -> None:
     """Kathmandu is 5:45 ahead of UTC, Berlin has a day of 25 hours, and its clock shows one hour twice."""
     await campaign(shop, [Cap("campaign", "day", 2)], zone="Asia/Kathmandu")
-    midnight = int(datetime(2025, 10, 9, tzinfo=ZoneInfo("Asia/Kathmandu")).timestamp())
+    midnight = int(datetime(2025, 10, 9, tzinfo=zones.zone("Asia/Kathmandu")).timestamp())
     await till.issue([midnight - 1, midnight - 1, midnight, midnight + 86_399])
     assert await over(shop) == []
     await till.issue([midnight + 1])
@@ -310,7 +310,7 @@ async def test_days_are_those_of_the_campaigns_zone(shop: Database, till: Till) 
 
 async def test_neither_a_long_day_nor_a_repeated_hour_is_cut_or_joined(shop: Database, till: Till) -> None:
     await campaign(shop, [Cap("campaign", "day", 3), Cap("campaign", "hour", 1)], zone="Europe/Berlin")
-    midnight = int(datetime(2025, 10, 26, tzinfo=ZoneInfo("Europe/Berlin")).timestamp())
+    midnight = int(datetime(2025, 10, 26, tzinfo=zones.zone("Europe/Berlin")).timestamp())
     twice = [midnight + 2 * 3600, midnight + 3 * 3600]  # both are two o'clock
     await till.issue([*twice, midnight + 25 * 3600 - 1])
     assert await over(shop) == []

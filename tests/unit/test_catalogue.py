@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
-from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service import catalogue
+from service import catalogue, zones
 from service.catalogue import (
     SLICE,
     TOTAL_END,
@@ -237,7 +236,7 @@ def _check_tiling(kind: Literal["day", "hour"], zone: str, at: int) -> None:
     assert period_bounds(kind, zone, start) == period_bounds(kind, zone, middle - 1) == (start, middle, end)
     assert period_bounds(kind, zone, middle)[:2] == (middle, end)
     assert period_start(kind, zone, start - 1) < start
-    local = {datetime.fromtimestamp(second, ZoneInfo(zone)) for second in (start, at, middle - 1)}
+    local = {datetime.fromtimestamp(second, zones.zone(zone)) for second in (start, at, middle - 1)}
     assert len({moment.date() for moment in local}) == 1
     if len({moment.utcoffset() for moment in local}) == 1:
         assert kind == "day" or len({moment.hour for moment in local}) == 1
@@ -248,7 +247,7 @@ def _clock_changes(zone: str, first: int, last: int) -> list[int]:
     """The seconds at which the zone's offset changes, unless it changes back within a day."""
 
     def offset(at: int) -> object:
-        return datetime.fromtimestamp(at, ZoneInfo(zone)).utcoffset()
+        return datetime.fromtimestamp(at, zones.zone(zone)).utcoffset()
 
     changes = []
     for day in range(first, last, 86_400):
@@ -267,7 +266,7 @@ def _clock_changes(zone: str, first: int, last: int) -> list[int]:
 def test_a_day_has_the_hours_that_the_zone_gives_it(day: str, hours: int) -> None:
     start, middle, _ = period_bounds("day", "Europe/Rome", unix(f"{day}T12:00:00"))
     assert middle - start == hours * 3_600
-    assert datetime.fromtimestamp(start, ZoneInfo("Europe/Rome")).isoformat()[:19] == f"{day}T00:00:00"
+    assert datetime.fromtimestamp(start, zones.zone("Europe/Rome")).isoformat()[:19] == f"{day}T00:00:00"
 
 
 def test_hours_begin_where_the_zone_has_them() -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime
-from zoneinfo import ZoneInfo
 
 import msgspec
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from service import catalogue
+from service import catalogue, zones
 from service.catalogue import Campaign, Cap, CapHolder, Catalogue, Pool, Snapshot, encode
 from service.domain import Considered, Record, Request, Stop, Unavailable
 from service.scripts import Routed
@@ -83,7 +82,7 @@ def _stopped_by(campaign: Campaign, wanted: Wanted, now: int, given_so_far: list
         return "before"
     if campaign.until and now >= campaign.until:
         return "after"
-    zone = ZoneInfo(campaign.time_zone)
+    zone = zones.zone(campaign.time_zone)
     for cap in campaign.caps + campaign.assigned[wanted.distributor]:
         used = 0
         for voucher in given_so_far:

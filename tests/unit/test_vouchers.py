@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import zones
 from service.domain import Terms
 from service.errors import UnknownIdKey
 from service.identity import IdKeys, uuid_text
@@ -55,14 +55,14 @@ def test_a_rule_counts_from_issuance_to_the_end_of_the_day_in_the_product_s_zone
 @given(st.sampled_from(["days:3", "months:2", "years:1"]), ZONES, SECONDS)
 def test_it_is_always_the_last_second_of_a_day(rule: str, zone: str, issued: int) -> None:
     ends = expires_at(ruled(rule, zone), issued, FAR)
-    here = ZoneInfo(zone)
+    here = zones.zone(zone)
     assert datetime.fromtimestamp(ends + 1, here).date() > datetime.fromtimestamp(ends, here).date()
     assert ends > issued
 
 
 @given(ZONES, SECONDS, st.integers(1, 400))
 def test_days_are_counted_by_the_calendar_and_not_by_hours(zone: str, issued: int, days: int) -> None:
-    here = ZoneInfo(zone)
+    here = zones.zone(zone)
     ends = datetime.fromtimestamp(expires_at(ruled(f"days:{days}", zone), issued, FAR), here).date()
     assert ends == datetime.fromtimestamp(issued, here).date() + timedelta(days=days)
 
