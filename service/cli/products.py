@@ -15,14 +15,15 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import zones
-from service.catalogue import Campaign, Product
+from service.catalogue import Product
 from service.cli import campaigns as commands
 from service.cli import options
 from service.cli.connections import connected, put_in_force
 from service.cli.console import print_facts, print_json, print_table, say
-from service.errors import Conflict, NotFound
-from service.store import control, products, stock
+from service.errors import Conflict
+from service.store import control, products, register, stock
 from service.store.products import Details
+from service.store.register import Registered
 from service.vouchers import local_time
 from service.worker import forms
 
@@ -155,8 +156,8 @@ def change(
 
     async def edit(conn: AsyncConnection) -> Details:
         if expires is not None:
-            _, campaign = await _found(conn, code)
-            expiry, words = options.typed(forms.product_expiry, expires, zones.zone(campaign.time_zone))
+            _, rule = await register.product(conn, code)
+            expiry, words = options.typed(forms.product_expiry, expires, zones.zone(rule.campaign.time_zone))
             changes.update({"expiry": expiry, "expiry_scheme": expiry_scheme or words})
         return await products.change(conn, code, changes, if_version)
 
@@ -174,24 +175,22 @@ def change(
 def list_(as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
     """List the products, by their codes."""
 
-    async def run() -> list[tuple[Product, Campaign]]:
+    async def run() -> list[tuple[Product, Registered]]:
         async with connected(data_dir) as here, here.database.read() as conn:
-            snapshot = await control.snapshot(conn, 0)
-            rules = {campaign.id: campaign for campaign in snapshot.campaigns}
-            return [(product, rules[product.code]) for product in snapshot.products]
+            return await register.all_products(conn)
 
-    found = asyncio.run(run())
+    found, now = asyncio.run(run()), int(time.time())
     if as_json:
-        print_json([_fields(*one) for one in found])
+        print_json([_fields(*one, now) for one in found])
         return
     print_table(
         ["product", "name", "worth", "pool", "state", "assigned to"],
         [
             (
-                product.code, product.terms.name, _worth(product), campaign.pool,
-                "paused" if campaign.paused else "on sale", len(campaign.assigned),
+                product.code, product.terms.name, _worth(product), rule.campaign.pool, rule.state(now),
+                len(rule.campaign.assigned),
             )
-            for product, campaign in found
+            for product, rule in found
         ],
         numbers=["assigned to"],
         whole=["state"],
@@ -200,32 +199,25 @@ def list_(as_json: options.AsJson = False, data_dir: options.DataDir = None) -> 
 
 @app.command("show")
 def show(code: Code, as_json: options.AsJson = False, data_dir: options.DataDir = None) -> None:
-    """Show a product: what it says, where its codes come from, and who may issue it under which caps."""
+    """Show a product: what it says, its pool, who may issue it under which caps, and the version for --if-version."""
 
-    async def run() -> tuple[Product, Campaign]:
+    async def run() -> tuple[Product, Registered]:
         async with connected(data_dir) as here, here.database.read() as conn:
-            return await _found(conn, code)
+            return await register.product(conn, code)
 
-    product, campaign = asyncio.run(run())
-    fields = _fields(product, campaign)
+    product, rule = asyncio.run(run())
+    fields, campaign = _fields(product, rule, int(time.time())), rule.campaign
     if as_json:
         print_json(fields)
         return
-    print_facts({key.replace("_", " "): value for key, value in fields.items() if key not in ("caps", "distributors")})
+    told = {**fields, "version": str(rule.version)}  # as it is typed
+    print_facts({key.replace("_", " "): value for key, value in told.items() if key not in ("caps", "distributors")})
     print_facts({"caps": ", ".join(map(forms.cap_told, campaign.caps)) or "none"})
     if campaign.assigned:
         print_table(
             ["distributor", "caps"],
             [(one, ", ".join(map(forms.cap_told, caps)) or "none") for one, caps in sorted(campaign.assigned.items())],
         )
-
-
-async def _found(conn: AsyncConnection, code: str) -> tuple[Product, Campaign]:
-    snapshot = await control.snapshot(conn, 0)
-    product = next((one for one in snapshot.products if one.code == code), None)
-    if product is None:
-        raise NotFound(f"there is no product {code}: create it first")
-    return product, next(one for one in snapshot.campaigns if one.id == code)
 
 
 def _worth(product: Product) -> str:
@@ -235,10 +227,12 @@ def _worth(product: Product) -> str:
     return f"{terms.currency} {terms.amount / 100:.2f}" if terms.is_value_based else f"{terms.amount} items"
 
 
-def _fields(product: Product, campaign: Campaign) -> dict[str, object]:
-    terms = product.terms
+def _fields(product: Product, rule: Registered, now: int) -> dict[str, object]:
+    terms, campaign = product.terms, rule.campaign
     return {
         "product_code": product.code,
+        "state": rule.state(now),
+        "version": rule.version,
         "name": terms.name,
         "description": product.description,
         "is_value_based": terms.is_value_based,

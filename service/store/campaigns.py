@@ -8,7 +8,7 @@ campaign that was looked at and no other: a Conflict tells of a change in betwee
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args
 
 from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -32,6 +32,9 @@ PRODUCTS_MAX: Final = 256
 LIMIT_MAX: Final = 2**53  # Lua counts in doubles: exact up to here
 PRIORITY_MAX: Final = 1_000_000
 PRIORITY: Final = 100  # of a campaign that says none: with room on both sides
+
+# What a rule that vouchers are issued by is called, and the group of the commands that change it.
+Noun = Literal["campaign", "product"]
 
 # What a cap counts, and the limit it is to have; None: there is to be no such cap.
 CapChanges = Mapping[tuple[CapHolder, Period], int | None]
@@ -288,6 +291,11 @@ async def check_candidates(connection: AsyncConnection, now: int, distributor: s
         )
 
 
+def noun_of(category: str) -> Noun:
+    """What a row is that has this category: a product's is issued to no category of what a terminal sells."""
+    return "campaign" if category else "product"
+
+
 # --- rules ---------------------------------------------------------------------------------------------------
 
 _ASSIGNED: Final = ("distributor", "terminal")  # what caps of an assignment may count by
@@ -339,9 +347,10 @@ async def _begin(connection: AsyncConnection, id: str, if_version: int | None) -
     if row is None:
         raise NotFound(f"there is no campaign {id}: create it first")
     if if_version is not None and row.changed_in != if_version:
+        noun = noun_of(row.category)
         raise Conflict(
-            f"campaign {id} is at version {row.changed_in}, not at {if_version}: nothing was changed; "
-            f"look at it again with `voucherd campaign show {id}`"
+            f"{noun} {id} is at version {row.changed_in}, not at {if_version}: nothing was changed; "
+            f"look at it again with `voucherd {noun} show {id}`"
         )
     await mark_changed(connection, [id])
     return row

@@ -1,4 +1,5 @@
-"""What the control plane holds, as operators look it up: pools, campaigns, distributors, and tokens by their digests.
+"""What the control plane holds, as operators look it up: pools, campaigns, products, distributors, and tokens by their
+digests.
 
 Read within one snapshot (``Database.read``).  Nothing here holds a code or a token.
 """
@@ -11,9 +12,10 @@ import msgspec
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.catalogue import Campaign
+from service.catalogue import Campaign, Product
 from service.errors import NotFound
 from service.store import control, stock
+from service.store.campaigns import noun_of
 from service.store.schema import assignments, campaigns, credentials, distributors, lots, pools, withdrawn
 
 # Of a token's SHA-256, hex: enough to tell apart what one distributor has, and no key to anything.
@@ -49,7 +51,8 @@ class Pool(msgspec.Struct, frozen=True):
 
 
 class Registered(msgspec.Struct, frozen=True):
-    """A campaign, the catalogue ``version`` in which it was last changed, and since when there has been one."""
+    """A campaign (that of a product too), the catalogue ``version`` in which it was last changed, and since when there
+    has been one."""
 
     campaign: Campaign
     version: int
@@ -99,12 +102,8 @@ async def pool(conn: AsyncConnection, id: str) -> Pool:
 
 async def all_campaigns(conn: AsyncConnection) -> list[Registered]:
     """Every campaign, by its id, as the catalogue would be published now."""
-    known = {row.id: row for row in await conn.execute(select(campaigns))}
-    return [
-        Registered(campaign, known[campaign.id].changed_in, known[campaign.id].created_at)
-        for campaign in (await control.snapshot(conn, 0)).campaigns
-        if campaign.products  # else it is that of a product
-    ]
+    rules, _ = await _rules(conn)
+    return [one for one in rules.values() if noun_of(one.campaign.category) == "campaign"]
 
 
 async def campaign(conn: AsyncConnection, id: str) -> Registered:
@@ -113,6 +112,20 @@ async def campaign(conn: AsyncConnection, id: str) -> Registered:
         if found.campaign.id == id:
             return found
     raise NotFound(f"there is no campaign {id}: see `voucherd campaign list`")
+
+
+async def all_products(conn: AsyncConnection) -> list[tuple[Product, Registered]]:
+    """Every product, by its code, and the campaign that it is issued by, as the catalogue would be published now."""
+    rules, sold = await _rules(conn)
+    return [(product, rules[product.code]) for product in sold]
+
+
+async def product(conn: AsyncConnection, code: str) -> tuple[Product, Registered]:
+    """Raises NotFound."""
+    for found in await all_products(conn):
+        if found[0].code == code:
+            return found
+    raise NotFound(f"there is no product {code}: see `voucherd product list`")
 
 
 async def all_distributors(conn: AsyncConnection) -> list[Distributor]:
@@ -139,6 +152,17 @@ async def tokens(conn: AsyncConnection, distributor: str | None = None) -> list[
     if distributor is not None:
         wanted = wanted.where(credentials.c.distributor == distributor)
     return [Token(*row) for row in await conn.execute(wanted)]
+
+
+async def _rules(conn: AsyncConnection) -> tuple[dict[str, Registered], tuple[Product, ...]]:
+    """Campaigns and those of products by their ids, and the products."""
+    known = {row.id: row for row in await conn.execute(select(campaigns))}
+    snapshot = await control.snapshot(conn, 0)
+    rules = {
+        campaign.id: Registered(campaign, known[campaign.id].changed_in, known[campaign.id].created_at)
+        for campaign in snapshot.campaigns
+    }
+    return rules, snapshot.products
 
 
 async def _pools(conn: AsyncConnection, *where: ColumnElement[bool]) -> list[Pool]:

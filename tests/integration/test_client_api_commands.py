@@ -36,7 +36,8 @@ def test_a_product_has_all_that_was_said_of_it_and_is_in_force_when_made(store: 
     ok("product", "assign", "GIFT", "D", "--cap", "total=5")
     told = shown("product", "show", "GIFT")
     assert told == {
-        "product_code": "GIFT", "name": "Gift", "description": "A gift", "is_value_based": True,
+        "product_code": "GIFT", "state": "running", "version": store(snapshot).version,
+        "name": "Gift", "description": "A gift", "is_value_based": True,
         "is_open_value": False, "is_status_available": False, "is_multiple_use": True, "currency": "SGD",
         "amount": 1000, "expiry_scheme": "12 months from issuance", "valid_from": "2026-01-01T00:00:00+08:00",
         "valid_until": "2030-12-31T23:59:59+08:00", "time_zone": "Asia/Singapore", "url": "https://v.example/",
@@ -109,15 +110,53 @@ def test_a_product_and_a_campaign_can_t_have_one_name(store: OnStage) -> None:
 def test_a_change_changes_that_alone_and_nobody_s_change_is_lost(store: OnStage) -> None:
     ok("product", "create", "GIFT", *PLAIN, "--description", "old")
     before = shown("product", "show", "GIFT")
-    version = store(snapshot).version
+    version = before["version"]
     ok("product", "change", "GIFT", "--name", "Other", "--expires", "2030-01-31", "--if-version", str(version))
     after = shown("product", "show", "GIFT")
-    assert after == {**before, "name": "Other", "expiry_scheme": "until 2030-01-31"}
-    refused("product", "change", "GIFT", "--name", "Lost", "--if-version", str(version), says="nothing was changed")
+    assert after == {
+        **before, "version": version + 1, "name": "Other", "expiry_scheme": "until 2030-01-31",
+    }  # fmt: skip
+    refused(
+        "product", "change", "GIFT", "--name", "Lost", "--if-version", str(version),
+        says=f"product GIFT is at version {version + 1}, not at {version}: nothing was changed; "
+        "look at it again with `voucherd product show GIFT`",
+    )  # fmt: skip
     refused("product", "change", "GIFT", "--url", "nowhere", says="http or https")
     refused("product", "change", "NONE", "--name", "x", says="no product NONE")
     assert shown("product", "show", "GIFT") == after
     assert run("product", "change", "GIFT").exit_code == 2
+
+
+def test_the_version_is_that_of_the_product_whatever_of_it_was_changed_and_shown_as_it_is_typed(store: OnStage) -> None:
+    ok("product", "create", "GIFT", *PLAIN)
+    ok("product", "create", "OTHER", *PLAIN)
+
+    async def age(stage: Stage) -> None:  # a thousand is where tables begin to separate digits
+        async with stage.database.write() as conn:
+            await conn.execute(schema.catalogue_head.update().values(version=1_233))
+
+    store(age)
+    for typed in (("change", "GIFT", "--name", "New"), ("pause", "GIFT"), ("cap", "GIFT", "day=7")):
+        version = shown("product", "show", "GIFT")["version"]
+        ok("product", *typed, "--if-version", str(version))
+        assert shown("product", "show", "GIFT")["version"] == store(snapshot).version > version
+    told = [line.split() for line in fits("product", "show", "GIFT").splitlines()]
+    assert ["version", "1236"] in told
+    assert ["state", "paused"] in told
+
+
+def test_a_product_s_state_is_what_time_and_operators_say_of_it(store: OnStage) -> None:
+    ok("product", "create", "LATER", *PLAIN, "--from", "2090-01-01")
+    for code in ("OVER", "PAUSED", "RUNNING"):
+        ok("product", "create", code, *PLAIN)
+    ok("product", "end", "OVER")
+    ok("product", "pause", "PAUSED")
+    states = {"LATER": "not yet", "OVER": "over", "PAUSED": "paused", "RUNNING": "running"}
+    assert {one["product_code"]: one["state"] for one in shown("product", "list")} == states
+    assert {code: shown("product", "show", code)["state"] for code in states} == states
+    listed = fits("product", "list").splitlines()
+    for code, state in states.items():
+        assert any(code in line and state in line for line in listed)
 
 
 def test_pause_resume_cap_end_and_unassign_work_on_a_product(store: OnStage) -> None:
