@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from collections.abc import Iterable
+from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import zones
 from service.catalogue import Cap
-from service.cli import options
+from service.cli import options, rules
 from service.cli.connections import connected, put_in_force
 from service.cli.console import instant, print_facts, print_json, print_table, say
-from service.errors import Conflict
-from service.store import campaigns, control, register, stock
+from service.store import campaigns, register
 from service.store.register import Registered
 from service.worker import forms
-from service.worker.publish import deciding_second
-
-T = TypeVar("T")
-
-# Expiry of codes that bring none, in a pool that was made along with its campaign.
-POOL_LIFE: Final = timedelta(days=365)
-
-CAP_HELP: Final = "At most so many vouchers: total=5000, day=100, hour=10; repeat it for several."
 
 app = typer.Typer(help="Campaigns: rules that turn what a terminal sold into a voucher.", no_args_is_help=True)
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="The campaign: 1 to 64 of A-Z a-z 0-9 . _ -")]
+Id = Annotated[str, options.id_of("campaign", "ID")]
 
 
 @app.command("create")
@@ -65,7 +54,7 @@ def create(
         list[str] | None,
         typer.Option(
             metavar="[HOLDER:]PERIOD=N",
-            help=CAP_HELP
+            help=rules.CAP_HELP
             + " Counted for the whole campaign, or with distributor: or terminal: in front for each of these.",
             show_default=False,
         ),
@@ -81,10 +70,7 @@ def create(
 
     async def edit(conn: AsyncConnection) -> None:
         if pool is None:
-            if id in await stock.stock_versions(conn):
-                raise Conflict(f"pool {id} exists already: say --pool {id} if the campaign is to draw from it")
-            expires_at = forms.expiry_of(str(datetime.fromtimestamp(now, UTC).date() + POOL_LIFE))
-            await control.create_pool(conn, id, default_expires_at=expires_at, least_life_s=0, now=now)
+            await rules.make_pool(conn, "campaign", id, now)
         await campaigns.create(
             conn, id, category=category, products=product, pool=pool or id, priority=priority,
             starts_at=starts_at, until=ends_at, time_zone=time_zone, caps=caps, now=now,
@@ -97,7 +83,8 @@ def create(
                 edit,
                 action="campaign create",
                 subject=id,
-                detail=f"category {category}, products {' '.join(product)}, pool {pool or id}, caps {_told(caps)}",
+                detail=f"category {category}, products {' '.join(product)}, pool {pool or id}, "
+                f"caps {forms.caps_told(caps)}",
                 told=lambda _: say(
                     f"campaign {id} is there; next: `voucherd codes import {pool or id} FILE` and "
                     f"`voucherd campaign assign {id} DISTRIBUTOR`"
@@ -163,14 +150,14 @@ def show(id: Id, as_json: options.AsJson = False, data_dir: options.DataDir = No
         "from": instant(campaign.starts_at),
         "until": _end(campaign.until),
         "time zone": campaign.time_zone,
-        "caps": _told(campaign.caps),
+        "caps": forms.caps_told(campaign.caps),
         "created": instant(found.created_at),
     })  # fmt: skip
     if campaign.assigned:
         print_table(
             ["distributor", "state", "caps"],
             [
-                (distributor, "active" if active[distributor] else "suspended", _told(caps))
+                (distributor, "active" if active[distributor] else "suspended", forms.caps_told(caps))
                 for distributor, caps in campaign.assigned.items()
             ],
             whole=["state"],
@@ -179,132 +166,7 @@ def show(id: Id, as_json: options.AsJson = False, data_dir: options.DataDir = No
         say(f"Nobody may issue by it: `voucherd campaign assign {id} DISTRIBUTOR`.")
 
 
-@app.command("assign")
-def assign(
-    id: Id,
-    distributor: Annotated[str, typer.Argument(metavar="DISTRIBUTOR", help="Who may issue by it.")],
-    cap: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PERIOD=N", help=CAP_HELP + " Counted for this distributor.", show_default=False),
-    ] = None,
-    terminal_cap: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PERIOD=N", help="The same, counted for each terminal of this distributor.", show_default=False
-        ),
-    ] = None,
-    if_version: options.IfVersion = None,
-    data_dir: options.DataDir = None,
-) -> None:
-    """Let a distributor issue by a campaign, at once. Again: these caps replace those given before."""
-    caps = [
-        *options.typed(forms.caps, cap or (), "distributor"),
-        *options.typed(forms.caps, terminal_cap or (), "terminal"),
-    ]
-
-    _change(
-        data_dir,
-        lambda conn, now: campaigns.assign(conn, id, distributor, caps, now, if_version),
-        action="campaign assign",
-        subject=id,
-        detail=f"distributor {distributor}, caps {_told(caps)}",
-        told=lambda _: say(f"{distributor} may issue by campaign {id}, caps: {_told(caps)}"),
-    )
-
-
-@app.command("unassign")
-def unassign(
-    id: Id,
-    distributor: Annotated[str, typer.Argument(metavar="DISTRIBUTOR", help="Who may not issue by it any more.")],
-    if_version: options.IfVersion = None,
-    data_dir: options.DataDir = None,
-) -> None:
-    """Take a campaign from a distributor: when this returns, no request begun later gets a voucher of it."""
-    _change(
-        data_dir,
-        lambda conn, _: campaigns.unassign(conn, id, distributor, if_version),
-        action="campaign unassign",
-        subject=id,
-        detail=f"distributor {distributor}",
-        told=lambda _: say(f"{distributor} may not issue by campaign {id} any more; its caps there are gone"),
-    )
-
-
-@app.command("cap")
-def cap_(
-    id: Id,
-    caps: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[DISTRIBUTOR] [HOLDER:]PERIOD=N...",
-            help="Whose assignment it is about, the campaign's own caps without; then caps as `campaign create` takes "
-            "them, day=100 or terminal:total=1 say; day=none takes one away.",
-        ),
-    ],
-    if_version: options.IfVersion = None,
-    data_dir: options.DataDir = None,
-) -> None:
-    """Set single caps, at once, and leave all others as they are. One that had a limit before goes on counting."""
-    distributor = "" if "=" in caps[0] else caps.pop(0)
-    if not caps:
-        raise typer.BadParameter("say a cap: day=100, total=5000, or day=none to take it away")
-    changes = options.typed(forms.cap_changes, caps, "distributor" if distributor else "campaign")
-    whose = f"{distributor} in campaign {id}" if distributor else f"campaign {id}"
-    _change(
-        data_dir,
-        lambda conn, now: campaigns.set_caps(conn, id, distributor, changes, now, if_version),
-        action="campaign cap",
-        subject=id,
-        detail=(f"distributor {distributor}, " if distributor else "") + " ".join(caps),
-        told=lambda left: say(f"caps of {whose}: {_told(left)}"),
-    )
-
-
-@app.command("pause")
-def pause(id: Id, if_version: options.IfVersion = None, data_dir: options.DataDir = None) -> None:
-    """Stop a campaign: when this returns, no request begun later gets a voucher of it."""
-    _set_paused(id, True, if_version, data_dir)
-
-
-@app.command("resume")
-def resume(id: Id, if_version: options.IfVersion = None, data_dir: options.DataDir = None) -> None:
-    """Let a paused campaign go on, at once. One that is over stays over."""
-    _set_paused(id, False, if_version, data_dir)
-
-
-@app.command("end")
-def end(id: Id, if_version: options.IfVersion = None, data_dir: options.DataDir = None) -> None:
-    """End a campaign for good: when this returns, no request begun later gets a voucher of it.
-
-    Nothing brings it back; `campaign pause` stops one for a while. Vouchers that were issued keep their expiry.
-    """
-
-    async def run() -> None:
-        async with connected(data_dir) as here:
-            now = await deciding_second(here.scripts)
-            await put_in_force(
-                here,
-                lambda conn: campaigns.end(conn, id, now, if_version),
-                action="campaign end",
-                subject=id,
-                told=lambda since: say(f"campaign {id} is over since {instant(since)}, for good"),
-            )
-
-    asyncio.run(run())
-
-
-def _set_paused(id: str, paused: bool, if_version: int | None, data_dir: Path | None) -> None:
-    _change(
-        data_dir,
-        lambda conn, now: campaigns.set_paused(conn, id, paused, now, if_version),
-        action="campaign pause" if paused else "campaign resume",
-        subject=id,
-        told=lambda _: say(f"campaign {id} {'is paused' if paused else 'goes on'}"),
-    )
-
-
-def _told(caps: Iterable[Cap]) -> str:
-    return ", ".join(map(forms.cap_told, caps)) or "none"
+rules.add_commands(app, "campaign", "ID")
 
 
 def _end(until: int) -> str:
@@ -333,24 +195,3 @@ def _fields(found: Registered, now: int) -> dict[str, object]:
 
 def _cap_fields(caps: Iterable[Cap]) -> list[dict[str, object]]:
     return [{"holder": cap.holder, "period": cap.period, "limit": cap.limit} for cap in caps]
-
-
-def _change(
-    data_dir: Path | None,
-    edit: Callable[[AsyncConnection, int], Awaitable[T]],
-    *,
-    action: str,
-    subject: str,
-    detail: str = "",
-    told: Callable[[T], None],
-) -> None:
-    """``edit``, which is given the Unix second, is made and put in force."""
-
-    async def run() -> None:
-        async with connected(data_dir) as here:
-            now = int(time.time())
-            await put_in_force(
-                here, lambda conn: edit(conn, now), action=action, subject=subject, detail=detail, told=told
-            )
-
-    asyncio.run(run())

@@ -134,7 +134,7 @@ async def _prepare_product(database: Database, partition: Scripts, now: int) -> 
             connection, PRODUCT, details, pool=PRODUCT, starts_at=now, until=0, time_zone=PRODUCT_ZONE, caps=(),
             now=now,
         )  # fmt: skip
-        await campaigns.assign(connection, PRODUCT, DISTRIBUTOR, caps=(), now=now)
+        await campaigns.assign(connection, PRODUCT, DISTRIBUTOR, caps=(), now=now, noun="product")
 
     await change(database, partition, edit, actor=ACTOR, action="demo", subject=PRODUCT)
 

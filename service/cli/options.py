@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -21,16 +21,22 @@ DataDir = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-IfVersion = Annotated[
-    int | None,
-    typer.Option(
+
+
+def id_of(noun: str, name: str) -> Any:
+    """The argument that names a campaign, a product."""
+    return typer.Argument(metavar=name, help=f"The {noun}: 1 to 64 of A-Z a-z 0-9 . _ -")
+
+
+def if_version(noun: str) -> Any:
+    """The option of a command that changes a campaign, a product."""
+    return typer.Option(
         "--if-version",
         metavar="N",
         min=0,
-        help="Only if nobody has changed the campaign since `campaign show` said that it is at this version.",
+        help=f"Only if nobody has changed the {noun} since `{noun} show` said that it is at this version.",
         show_default=False,
-    ),
-]
+    )
 
 
 def typed(form: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:

@@ -1,14 +1,13 @@
 """``voucherd product``: what Client API v3 sells.
 
 A product is issued by a campaign of its own name; who may issue it, under which caps, and whether it is paused, is
-changed by the commands for campaigns, which stand here too.
+changed by the commands of ``rules``, which campaigns have too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 import typer
@@ -16,22 +15,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import zones
 from service.catalogue import Product
-from service.cli import campaigns as commands
-from service.cli import options
+from service.cli import options, rules
 from service.cli.connections import connected, put_in_force
 from service.cli.console import print_facts, print_json, print_table, say
-from service.errors import Conflict
-from service.store import control, products, register, stock
+from service.store import products, register
 from service.store.products import Details
 from service.store.register import Registered
 from service.vouchers import local_time
 from service.worker import forms
 
 app = typer.Typer(help="Products: what Client API v3 sells.", no_args_is_help=True)
-for name in ("assign", "unassign", "cap", "pause", "resume", "end"):
-    app.command(name)(getattr(commands, {"cap": "cap_"}.get(name, name)))
 
-Code = Annotated[str, typer.Argument(metavar="CODE", help="The product: 1 to 64 of A-Z a-z 0-9 . _ -")]
+Code = Annotated[str, options.id_of("product", "CODE")]
+IfVersion = Annotated[int | None, options.if_version("product")]
 _Text = str | None
 
 
@@ -108,10 +104,7 @@ def create(
 
     async def edit(conn: AsyncConnection) -> None:
         if pool is None:
-            if code in await stock.stock_versions(conn):
-                raise Conflict(f"pool {code} exists already: say --pool {code} if the product is to draw from it")
-            expires_at = forms.expiry_of(str(datetime.fromtimestamp(now, UTC).date() + commands.POOL_LIFE))
-            await control.create_pool(conn, code, default_expires_at=expires_at, least_life_s=0, now=now)
+            await rules.make_pool(conn, "product", code, now)
         await products.create(
             conn, code, details, pool=pool or code, starts_at=starts_at, until=ends_at, time_zone=time_zone,
             caps=caps, now=now,
@@ -142,7 +135,7 @@ def change(
     description: Description = None,
     image: Image = None,
     terms: Annotated[_Text, _option("Terms and conditions.")] = None,
-    if_version: options.IfVersion = None,
+    if_version: IfVersion = None,
     data_dir: options.DataDir = None,
 ) -> None:
     """Change what a product says, at once. Vouchers that were issued keep what they were issued with."""
@@ -212,12 +205,15 @@ def show(code: Code, as_json: options.AsJson = False, data_dir: options.DataDir 
         return
     told = {**fields, "version": str(rule.version)}  # as it is typed
     print_facts({key.replace("_", " "): value for key, value in told.items() if key not in ("caps", "distributors")})
-    print_facts({"caps": ", ".join(map(forms.cap_told, campaign.caps)) or "none"})
+    print_facts({"caps": forms.caps_told(campaign.caps)})
     if campaign.assigned:
         print_table(
             ["distributor", "caps"],
-            [(one, ", ".join(map(forms.cap_told, caps)) or "none") for one, caps in sorted(campaign.assigned.items())],
+            [(one, forms.caps_told(caps)) for one, caps in sorted(campaign.assigned.items())],
         )
+
+
+rules.add_commands(app, "product", "CODE")
 
 
 def _worth(product: Product) -> str:

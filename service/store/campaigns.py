@@ -1,5 +1,8 @@
 """Campaigns in the control plane: their rules, whom they are assigned to, and under which caps.
 
+What issues a product is a campaign too, with the product's code for an id; ``noun`` says which of the two is meant, and
+the other is not found under it.
+
 Like every edit of ``control`` these lock the catalogue's head first.  A campaign's version is that of the catalogue in
 which it was last changed: the head is locked, so it is one more than the newest.  Who says ``if_version`` changes the
 campaign that was looked at and no other: a Conflict tells of a change in between, and nothing was done then.
@@ -62,7 +65,7 @@ async def create(
     _check_order(id, category, priority)
     _check_products(id, products)
     await _create(
-        connection, id, category=category, pool=pool, priority=priority, starts_at=starts_at, until=until,
+        connection, "campaign", id, category=category, pool=pool, priority=priority, starts_at=starts_at, until=until,
         time_zone=time_zone, caps=caps, now=now,
     )  # fmt: skip
     await _insert_products(connection, id, products)
@@ -84,13 +87,14 @@ async def create_for_product(
     Raises as ``create`` does.
     """
     await _create(
-        connection, code, category="", pool=pool, priority=PRIORITY, starts_at=starts_at, until=until,
+        connection, "product", code, category="", pool=pool, priority=PRIORITY, starts_at=starts_at, until=until,
         time_zone=time_zone, caps=caps, now=now,
     )  # fmt: skip
 
 
 async def _create(
     connection: AsyncConnection,
+    noun: Noun,
     id: str,
     *,
     category: str,
@@ -102,16 +106,17 @@ async def _create(
     caps: Sequence[Cap],
     now: int,
 ) -> None:
-    check_id("campaign", id)
-    _check_window(id, starts_at, until)
+    check_id(noun, id)
+    _check_window(noun, id, starts_at, until)
     if time_zone not in zones.names():
         raise Conflict(f"{time_zone!r} is no time zone: take a name of the IANA database, Europe/Berlin say")
-    _check_caps(caps, get_args(CapHolder), f"campaign {id}")
+    _check_caps(caps, get_args(CapHolder), f"{noun} {id}")
     await lock(connection)
     if (await connection.execute(select(pools.c.id).where(pools.c.id == pool))).first() is None:
         raise NotFound(f"there is no pool {pool}: create it first")
     if (await connection.execute(select(campaigns.c.id).where(campaigns.c.id == id))).first() is not None:
-        raise Conflict(f"campaign {id} exists already, or a product of this code")
+        taken = {"campaign": "product of this code", "product": "campaign of this id"}[noun]
+        raise Conflict(f"{noun} {id} exists already, or a {taken}")
     await connection.execute(
         insert(campaigns),
         {
@@ -138,14 +143,14 @@ async def change(connection: AsyncConnection, wanted: Campaign, now: int) -> Non
     ``check_candidates`` holds in the end.
     """
     id = wanted.id
-    row = await _begin(connection, id, None)
-    _refuse_over(row, now)
+    row = await _begin(connection, "campaign", id, None)
+    _refuse_over("campaign", row, now)
     for what, was, to_be in (("pool", row.pool, wanted.pool), ("time zone", row.time_zone, wanted.time_zone)):
         if was != to_be:  # what was lost with a Redis is counted by the pool, days and hours by the zone
             raise Conflict(f"campaign {id} keeps its {what}, {was}, for good: create another campaign")
     _check_order(id, wanted.category, wanted.priority)
     _check_products(id, wanted.products)
-    _check_window(id, wanted.starts_at, wanted.until)
+    _check_window("campaign", id, wanted.starts_at, wanted.until)
     if 0 < wanted.until <= now:
         raise Conflict(f"campaign {id} can't have ended in the past: `voucherd campaign end {id}` ends it now")
     _check_caps(wanted.caps, get_args(CapHolder), f"campaign {id}")
@@ -157,12 +162,14 @@ async def change(connection: AsyncConnection, wanted: Campaign, now: int) -> Non
     await _replace_caps(connection, id, "", wanted.caps, now)
 
 
-async def end(connection: AsyncConnection, id: str, now: int, if_version: int | None = None) -> int:
+async def end(
+    connection: AsyncConnection, id: str, now: int, if_version: int | None = None, noun: Noun = "campaign"
+) -> int:
     """No request that begins at ``now`` or later gets a voucher of the campaign, for good; since when that is so.
 
     One that is over stays as it is.  Raises NotFound and Conflict.
     """
-    row = await _begin(connection, id, if_version)
+    row = await _begin(connection, noun, id, if_version)
     if _is_over(row, now):
         return int(row.until)
     await connection.execute(update(campaigns).where(campaigns.c.id == id).values(until=now))
@@ -170,12 +177,17 @@ async def end(connection: AsyncConnection, id: str, now: int, if_version: int | 
 
 
 async def set_paused(
-    connection: AsyncConnection, id: str, paused: bool, now: int, if_version: int | None = None
+    connection: AsyncConnection,
+    id: str,
+    paused: bool,
+    now: int,
+    if_version: int | None = None,
+    noun: Noun = "campaign",
 ) -> None:
     """The campaign is paused or goes on.  Raises NotFound; Conflict also if it is over and were to go on."""
-    row = await _begin(connection, id, if_version)
+    row = await _begin(connection, noun, id, if_version)
     if not paused:
-        _refuse_over(row, now)
+        _refuse_over(noun, row, now)
     await connection.execute(update(campaigns).where(campaigns.c.id == id).values(paused=paused))
 
 
@@ -186,17 +198,18 @@ async def set_caps(
     changes: CapChanges,
     now: int,
     if_version: int | None = None,
+    noun: Noun = "campaign",
 ) -> list[Cap]:
     """These caps are changed, set or gone and all others as they were; the caps that there are now.
 
     The campaign's own for '', else those of the distributor's assignment.  Raises NotFound without such an assignment,
     Conflict for a bad cap.
     """
-    await _begin(connection, id, if_version)
-    where = f"campaign {id}"
+    await _begin(connection, noun, id, if_version)
+    where = f"{noun} {id}"
     if distributor:
         where = f"the assignment of {distributor} to {id}"
-        await _require_assignment(connection, id, distributor)
+        await _require_assignment(connection, noun, id, distributor)
     here = (caps.c.campaign == id, caps.c.distributor == distributor)
     found = await connection.execute(select(caps).where(*here).order_by(caps.c.holder, caps.c.period))
     limits: dict[tuple[CapHolder, Period], int | None] = {(row.holder, row.period): row.limit for row in found}
@@ -215,6 +228,7 @@ async def assign(
     caps: Sequence[Cap],
     now: int,
     if_version: int | None = None,
+    noun: Noun = "campaign",
 ) -> None:
     """The distributor may issue by the campaign, under ``caps`` (per distributor or terminal) besides its own.
 
@@ -222,7 +236,7 @@ async def assign(
     distributor; Conflict for a bad cap, or if more than 16 campaigns that are not over would then compete for
     one product of this distributor.
     """
-    await place(connection, id, distributor, caps, now, if_version)
+    await place(connection, id, distributor, caps, now, if_version, noun)
     await check_candidates(connection, now, distributor)
 
 
@@ -233,10 +247,11 @@ async def place(
     caps: Sequence[Cap],
     now: int,
     if_version: int | None = None,
+    noun: Noun = "campaign",
 ) -> None:
     """Like ``assign``, but whoever calls this sees to it that ``check_candidates`` holds in the end."""
     _check_caps(caps, _ASSIGNED, f"the assignment of {distributor} to {id}")
-    await _begin(connection, id, if_version)
+    await _begin(connection, noun, id, if_version)
     await require_distributor(connection, distributor)
     if not await _is_assigned(connection, id, distributor):
         row = {"campaign": id, "distributor": distributor, "created_at": now}
@@ -244,21 +259,23 @@ async def place(
     await _replace_caps(connection, id, distributor, caps, now)
 
 
-async def unassign(connection: AsyncConnection, id: str, distributor: str, if_version: int | None = None) -> None:
+async def unassign(
+    connection: AsyncConnection, id: str, distributor: str, if_version: int | None = None, noun: Noun = "campaign"
+) -> None:
     """The distributor may not issue by the campaign any more, and the caps of its assignment are gone.
 
     Raises NotFound if it might not, Conflict.
     """
-    await _begin(connection, id, if_version)
-    await _require_assignment(connection, id, distributor)
+    await _begin(connection, noun, id, if_version)
+    await _require_assignment(connection, noun, id, distributor)
     for table in (caps, assignments):
         here = (table.c.campaign == id, table.c.distributor == distributor)
         await connection.execute(delete(table).where(*here))
 
 
-async def touch(connection: AsyncConnection, id: str, if_version: int | None = None) -> None:
-    """The campaign counts as changed, by what the caller changes of its product.  Raises NotFound and Conflict."""
-    await _begin(connection, id, if_version)
+async def touch_product(connection: AsyncConnection, code: str, if_version: int | None = None) -> None:
+    """The product counts as changed, by what the caller changes of it.  Raises NotFound and Conflict."""
+    await _begin(connection, "product", code, if_version)
 
 
 async def mark_changed(connection: AsyncConnection, ids: Collection[str]) -> None:
@@ -296,6 +313,12 @@ def noun_of(category: str) -> Noun:
     return "campaign" if category else "product"
 
 
+def of_the_other_kind(noun: Noun, id: str) -> NotFound:
+    """What is said where ``id`` is looked for under one noun and is there under the other."""
+    other = "product" if noun == "campaign" else "campaign"
+    return NotFound(f"there is no {noun} {id}, but a {other}: see `voucherd {other} show {id}`")
+
+
 # --- rules ---------------------------------------------------------------------------------------------------
 
 _ASSIGNED: Final = ("distributor", "terminal")  # what caps of an assignment may count by
@@ -314,9 +337,9 @@ def _check_products(id: str, products: Sequence[str]) -> None:
         check_id("product", product)
 
 
-def _check_window(id: str, starts_at: int, until: int) -> None:
+def _check_window(noun: Noun, id: str, starts_at: int, until: int) -> None:
     if not 0 <= starts_at <= TIME_MAX or not 0 <= until <= TIME_MAX or (until and until <= starts_at):
-        raise Conflict(f"campaign {id} has to start before it ends")
+        raise Conflict(f"{noun} {id} has to start before it ends")
 
 
 def _check_caps(caps: Iterable[Cap], holders: Collection[str], where: str) -> None:
@@ -335,19 +358,20 @@ def _is_over(row: Row[Any], now: int) -> bool:
     return bool(0 < row.until <= now)
 
 
-def _refuse_over(row: Row[Any], now: int) -> None:
+def _refuse_over(noun: Noun, row: Row[Any], now: int) -> None:
     if _is_over(row, now):
-        raise Conflict(f"campaign {row.id} is over since {instant(row.until)} and can't go on: create another one")
+        raise Conflict(f"{noun} {row.id} is over since {instant(row.until)} and can't go on: create another one")
 
 
-async def _begin(connection: AsyncConnection, id: str, if_version: int | None) -> Row[Any]:
+async def _begin(connection: AsyncConnection, noun: Noun, id: str, if_version: int | None) -> Row[Any]:
     """The campaign as it was, marked as changed; nobody else changes it until the transaction ends."""
     await lock(connection)
     row = (await connection.execute(select(campaigns).where(campaigns.c.id == id))).first()
     if row is None:
-        raise NotFound(f"there is no campaign {id}: create it first")
+        raise NotFound(f"there is no {noun} {id}: create it first")
+    if noun_of(row.category) != noun:
+        raise of_the_other_kind(noun, id)
     if if_version is not None and row.changed_in != if_version:
-        noun = noun_of(row.category)
         raise Conflict(
             f"{noun} {id} is at version {row.changed_in}, not at {if_version}: nothing was changed; "
             f"look at it again with `voucherd {noun} show {id}`"
@@ -361,9 +385,9 @@ async def _is_assigned(connection: AsyncConnection, id: str, distributor: str) -
     return (await connection.execute(select(assignments.c.campaign).where(*here))).first() is not None
 
 
-async def _require_assignment(connection: AsyncConnection, id: str, distributor: str) -> None:
+async def _require_assignment(connection: AsyncConnection, noun: Noun, id: str, distributor: str) -> None:
     if not await _is_assigned(connection, id, distributor):
-        raise NotFound(f"distributor {distributor} is not assigned to campaign {id}")
+        raise NotFound(f"distributor {distributor} is not assigned to {noun} {id}")
 
 
 async def _insert_products(connection: AsyncConnection, id: str, products: Sequence[str]) -> None:

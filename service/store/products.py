@@ -16,9 +16,9 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Cap
-from service.errors import Conflict, NotFound
+from service.errors import Conflict
 from service.store import campaigns
-from service.store.control import TIME_MAX, check_id, lock
+from service.store.control import TIME_MAX, check_id
 from service.store.schema import products
 
 AMOUNT_MAX: Final = 10**12  # cents, ten milliards; far below what JSON numbers hold exactly
@@ -86,20 +86,13 @@ async def change(
 
     Raises NotFound; Conflict if a value breaks a rule, or if it is not at ``if_version`` any more.
     """
-    await lock(connection)
-    details = msgspec.structs.replace(await details_of(connection, code), **changes)
+    await campaigns.touch_product(connection, code, if_version)
+    row = (await connection.execute(select(products).where(products.c.code == code))).one()
+    before = Details(**{name: row._mapping[name] for name in Details.__struct_fields__})
+    details = msgspec.structs.replace(before, **changes)
     _check(details)
-    await campaigns.touch(connection, code, if_version)
     await connection.execute(update(products).where(products.c.code == code).values(_row(details)))
     return details
-
-
-async def details_of(connection: AsyncConnection, code: str) -> Details:
-    """What the product says of itself.  Raises NotFound."""
-    row = (await connection.execute(select(products).where(products.c.code == code))).first()
-    if row is None:
-        raise NotFound(f"there is no product {code}: create it first")
-    return Details(**{name: row._mapping[name] for name in Details.__struct_fields__})
 
 
 def _row(details: Details) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.catalogue import Campaign, Product
 from service.errors import NotFound
 from service.store import control, stock
-from service.store.campaigns import noun_of
+from service.store.campaigns import Noun, noun_of, of_the_other_kind
 from service.store.schema import assignments, campaigns, credentials, distributors, lots, pools, withdrawn
 
 # Of a token's SHA-256, hex: enough to tell apart what one distributor has, and no key to anything.
@@ -108,24 +108,21 @@ async def all_campaigns(conn: AsyncConnection) -> list[Registered]:
 
 async def campaign(conn: AsyncConnection, id: str) -> Registered:
     """Raises NotFound."""
-    for found in await all_campaigns(conn):
-        if found.campaign.id == id:
-            return found
-    raise NotFound(f"there is no campaign {id}: see `voucherd campaign list`")
+    rules, _ = await _rules(conn)
+    return _called("campaign", id, rules)
 
 
 async def all_products(conn: AsyncConnection) -> list[tuple[Product, Registered]]:
     """Every product, by its code, and the campaign that it is issued by, as the catalogue would be published now."""
     rules, sold = await _rules(conn)
-    return [(product, rules[product.code]) for product in sold]
+    return [(product, rules[code]) for code, product in sold.items()]
 
 
 async def product(conn: AsyncConnection, code: str) -> tuple[Product, Registered]:
     """Raises NotFound."""
-    for found in await all_products(conn):
-        if found[0].code == code:
-            return found
-    raise NotFound(f"there is no product {code}: see `voucherd product list`")
+    rules, sold = await _rules(conn)
+    rule = _called("product", code, rules)
+    return sold[code], rule
 
 
 async def all_distributors(conn: AsyncConnection) -> list[Distributor]:
@@ -154,15 +151,23 @@ async def tokens(conn: AsyncConnection, distributor: str | None = None) -> list[
     return [Token(*row) for row in await conn.execute(wanted)]
 
 
-async def _rules(conn: AsyncConnection) -> tuple[dict[str, Registered], tuple[Product, ...]]:
-    """Campaigns and those of products by their ids, and the products."""
+async def _rules(conn: AsyncConnection) -> tuple[dict[str, Registered], dict[str, Product]]:
+    """Campaigns and those of products by their ids, and the products by their codes."""
     known = {row.id: row for row in await conn.execute(select(campaigns))}
     snapshot = await control.snapshot(conn, 0)
     rules = {
         campaign.id: Registered(campaign, known[campaign.id].changed_in, known[campaign.id].created_at)
         for campaign in snapshot.campaigns
     }
-    return rules, snapshot.products
+    return rules, {product.code: product for product in snapshot.products}
+
+
+def _called(noun: Noun, id: str, rules: dict[str, Registered]) -> Registered:
+    if id not in rules:
+        raise NotFound(f"there is no {noun} {id}: see `voucherd {noun} list`")
+    if noun_of(rules[id].campaign.category) != noun:
+        raise of_the_other_kind(noun, id)
+    return rules[id]
 
 
 async def _pools(conn: AsyncConnection, *where: ColumnElement[bool]) -> list[Pool]:

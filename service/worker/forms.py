@@ -40,6 +40,11 @@ def cap_told(cap: Cap) -> str:
     return f"{cap.holder}:{cap.period}={cap.limit}"
 
 
+def caps_told(caps: Iterable[Cap]) -> str:
+    """Several, or none, in one line."""
+    return ", ".join(map(cap_told, caps)) or "none"
+
+
 def seconds(text: str) -> int:
     """A duration such as 7d, 12h, 30m or 45 (seconds)."""
     match = _DURATION.fullmatch(text)

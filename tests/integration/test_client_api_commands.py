@@ -53,7 +53,9 @@ def test_a_product_has_all_that_was_said_of_it_and_is_in_force_when_made(store: 
     assert "GIFT" in fits("product", "list")
     assert "Gift" in fits("product", "show", "GIFT")
     assert shown("campaign", "list") == []  # it is no campaign that a terminal's sale could lead to
-    refused("campaign", "show", "GIFT", says="no campaign GIFT")
+    refused(
+        "campaign", "show", "GIFT", says="there is no campaign GIFT, but a product: see `voucherd product show GIFT`"
+    )
 
 
 def test_products_share_a_pool_with_each_other_and_with_campaigns(store: OnStage) -> None:
@@ -174,6 +176,57 @@ def test_pause_resume_cap_end_and_unassign_work_on_a_product(store: OnStage) -> 
     told = shown("product", "show", "GIFT")
     assert (told["paused"], told["distributors"], bool(told["valid_until"])) == (False, [], True)
     refused("product", "show", "NONE", says="no product NONE")
+
+
+CHANGES = (("assign", "D"), ("unassign", "D"), ("cap", "day=1"), ("pause",), ("resume",), ("end",))
+
+
+def test_no_command_of_one_noun_changes_what_is_of_the_other(store: OnStage) -> None:
+    ok("distributor", "create", "D")
+    ok("product", "create", "GIFT", *PLAIN)
+    ok("product", "assign", "GIFT", "D")
+    ok("campaign", "create", "CAMP", "--category", "PAY", "--product", "PAY")
+    ok("campaign", "assign", "CAMP", "D")
+    before = store(snapshot)
+    for command, *more in CHANGES:
+        refused(
+            "campaign", command, "GIFT", *more,
+            says="there is no campaign GIFT, but a product: see `voucherd product show GIFT`",
+        )  # fmt: skip
+        refused(
+            "product", command, "CAMP", *more,
+            says="there is no product CAMP, but a campaign: see `voucherd campaign show CAMP`",
+        )  # fmt: skip
+        refused("product", command, "NONE", *more, says="there is no product NONE: create it first")
+    refused("product", "change", "CAMP", "--name", "x", says="there is no product CAMP, but a campaign")
+    refused("product", "show", "CAMP", says="there is no product CAMP, but a campaign")
+    assert store(snapshot) == before
+
+
+def test_what_is_said_of_a_product_calls_it_one(store: OnStage) -> None:
+    ok("distributor", "create", "D")
+    ok("distributor", "create", "E")
+    ok("product", "create", "GIFT", *PLAIN)
+    said = {
+        ("assign", "GIFT", "D", "--cap", "day=2"): "D may issue product GIFT, caps: distributor:day=2\n",
+        ("cap", "GIFT", "D", "day=3"): "caps of D in product GIFT: distributor:day=3\n",
+        ("cap", "GIFT", "day=9"): "caps of product GIFT: campaign:day=9\n",
+        ("pause", "GIFT"): "product GIFT is paused\n",
+        ("resume", "GIFT"): "product GIFT goes on\n",
+        ("unassign", "GIFT", "D"): "D may not issue product GIFT any more; its caps there are gone\n",
+    }
+    for typed, says in said.items():
+        assert ok("product", *typed).stdout == says
+    refused("product", "unassign", "GIFT", "E", says="distributor E is not assigned to product GIFT")
+    refused("product", "cap", "GIFT", "day=9999999999999999", says="a cap of product GIFT has to lie within")
+    assert ok("product", "end", "GIFT").stdout.startswith("product GIFT is over since ")
+    refused("product", "resume", "GIFT", says="product GIFT is over since ")
+
+    async def logged(stage: Stage) -> list[str]:
+        async with stage.database.read() as conn:
+            return list(await conn.scalars(select(schema.audit_log.c.action).order_by(schema.audit_log.c.id)))
+
+    assert store(logged)[-6:] == [f"product {one}" for one in ("cap", "cap", "pause", "resume", "unassign", "end")]
 
 
 # --- clients
