@@ -165,8 +165,9 @@ def add_commands(app: typer.Typer, noun: Noun, id_name: str) -> None:
 async def make_pool(conn: AsyncConnection, noun: Noun, id: str, now: int) -> None:
     """A pool of the id that the rule is to have is there, for codes that expire in a year unless they say otherwise.
 
-    Raises Conflict if there is one already.
+    Raises Conflict if there is one already, or if the id can't name such a rule.
     """
+    control.check_id(noun, id)  # which is told of the rule, and not of its pool
     if id in await stock.stock_versions(conn):
         raise Conflict(f"pool {id} exists already: say --pool {id} if the {noun} is to draw from it")
     expires_at = forms.expiry_of(str(datetime.fromtimestamp(now, UTC).date() + POOL_LIFE))

@@ -290,6 +290,18 @@ def check_id(what: str, id: str) -> None:
         raise Conflict(f"{id[:80]!r} can't name a {what}: 1 to 64 of A-Z a-z 0-9 . _ -")
 
 
+def check_text(what: str, text: str, characters_max: int) -> None:
+    """Raises Conflict if ``text`` is longer, or no store could keep it."""
+    if len(text) > characters_max:
+        raise Conflict(f"{what} has at most {characters_max:,} characters")
+    if _NO_TEXT.search(text):
+        raise Conflict(f"{what} is not text: it has to be UTF-8, without NUL")
+
+
+# What Python makes of bytes of another encoding in an argument, and what PostgreSQL has in no text.
+_NO_TEXT: Final = re.compile(r"[\ud800-\udfff\0]")
+
+
 def _check_name(name: str) -> None:
     if not 1 <= len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
         raise Conflict(f"a distributor's name has 1 to {NAME_CHARACTERS_MAX} printable characters")

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.catalogue import Cap
 from service.errors import Conflict
 from service.store import campaigns
-from service.store.control import TIME_MAX, check_id
+from service.store.control import TIME_MAX, check_id, check_text
 from service.store.schema import products
 
 AMOUNT_MAX: Final = 10**12  # cents, ten milliards; far below what JSON numbers hold exactly
@@ -115,8 +115,7 @@ def _check(details: Details) -> None:
         raise Conflict("${FV} in a name stands for the face value, which only open-value products have")
     _check_expiry(details.expiry)
     for name, most in (("expiry_scheme", 200), ("description", TEXT_MAX), ("terms_and_conditions", TEXT_MAX)):
-        if len(getattr(details, name)) > most:
-            raise Conflict(f"{name.replace('_', ' ')} has at most {most:,} characters")
+        check_text(name.replace("_", " "), getattr(details, name), most)
     for name in ("url", "short_url", "image"):
         value = getattr(details, name)
         if (value or name == "url") and _URL.fullmatch(value) is None:

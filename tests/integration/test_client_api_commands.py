@@ -83,6 +83,11 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     ((*PLAIN, "--expires", "99999 days"), "up to 36500 days"),
     ((*PLAIN, "--expires", "0 days"), "up to 36500 days"),
     ((*PLAIN, "--description", "x" * 10_001), "at most 10,000"),
+    ((*PLAIN, "--description", "caf\udce9"), "description is not text: it has to be UTF-8"),
+    ((*PLAIN, "--terms", "caf\udce9"), "terms and conditions is not text: it has to be UTF-8"),
+    ((*PLAIN, "--expiry-scheme", "caf\udce9"), "expiry scheme is not text: it has to be UTF-8"),
+    ((*PLAIN, "--terms", "a\0b"), "without NUL"),
+    (("--name", "caf\udce9", "--url", "https://v/", "--amount", "5"), "1 to 200 printable"),
     ((*PLAIN, "--pool", "NONE"), "no pool NONE"),
 ]
 
@@ -92,6 +97,14 @@ def test_a_product_that_breaks_a_rule_is_not_made(store: OnStage, options: tuple
     refused("product", "create", "GIFT", *options, says=says)
     found = store(snapshot)
     assert (found.products, found.campaigns, found.pools) == ((), (), ())
+
+
+@pytest.mark.parametrize("code", ["a b", "", "x" * 65, "caf\udce9"])
+def test_a_name_that_is_none_is_told_of_what_it_was_to_name(store: OnStage, code: str) -> None:
+    for pool in ((), ("--pool", "POOL")):
+        refused("product", "create", code, *PLAIN, *pool, says="can't name a product: 1 to 64")
+        plain = ("--category", "C", "--product", "P")
+        refused("campaign", "create", code, *plain, *pool, says="can't name a campaign: 1 to 64")
 
 
 @pytest.mark.parametrize("expires", ["12", "soon", "1 week", "2029-02-30", "-1 days", "1.5 years"])
@@ -124,6 +137,7 @@ def test_a_change_changes_that_alone_and_nobody_s_change_is_lost(store: OnStage)
         "look at it again with `voucherd product show GIFT`",
     )  # fmt: skip
     refused("product", "change", "GIFT", "--url", "nowhere", says="http or https")
+    refused("product", "change", "GIFT", "--description", "caf\udce9", says="description is not text")
     refused("product", "change", "NONE", "--name", "x", says="no product NONE")
     assert shown("product", "show", "GIFT") == after
     assert run("product", "change", "GIFT").exit_code == 2
