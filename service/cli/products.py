@@ -40,7 +40,8 @@ Amount = Annotated[int | None, _option("What each voucher is worth: cents, or it
 Url = Annotated[_Text, _option("What a voucher's id is appended to, for its url.", "URL")]
 ShortUrl = Annotated[_Text, _option("The same for its short link; without it there is none.", "URL")]
 Expires = Annotated[
-    _Text, _option("`90 days`, `12 months` or `1 year` from issuance, or a day; without it as the code.", "RULE")
+    _Text,
+    _option("`90 days`, `12 months` or `1 year` from issuance, a day, or `as the code`, the default.", "RULE"),
 ]
 Description = Annotated[_Text, _option("What it is, for whoever chooses.")]
 Image = Annotated[_Text, _option("Where its picture is.", "URL")]
@@ -94,7 +95,7 @@ def create(
     starts_at = now if starts is None else options.typed(forms.start_of, starts, zone)
     ends_at = 0 if until is None else options.typed(forms.end_of, until, zone)
     caps = options.typed(forms.caps, cap or (), "campaign")
-    expiry, words = ("", "as the code") if expires is None else options.typed(forms.product_expiry, expires, zone)
+    expiry, words = options.typed(forms.product_expiry, forms.AS_THE_CODE if expires is None else expires, zone)
     details = Details(
         name=name, url=url, description=description or "", is_open_value=open_value, is_status_available=not no_status,
         is_multiple_use=multiple_use, currency=currency, amount=amount, expiry=expiry,
@@ -143,7 +144,7 @@ def change(
         "name": name, "amount": amount, "url": url, "short_url": short_url, "expiry_scheme": expiry_scheme,
         "description": description, "image": image, "terms_and_conditions": terms,
     }  # fmt: skip
-    changes = {field: value for field, value in given.items() if value is not None}
+    now, changes = int(time.time()), {field: value for field, value in given.items() if value is not None}
     if not changes and expires is None:
         raise typer.BadParameter("say what is to change")
 
@@ -152,7 +153,7 @@ def change(
             _, rule = await register.product(conn, code)
             expiry, words = options.typed(forms.product_expiry, expires, zones.zone(rule.campaign.time_zone))
             changes.update({"expiry": expiry, "expiry_scheme": expiry_scheme or words})
-        return await products.change(conn, code, changes, if_version)
+        return await products.change(conn, code, changes, now, if_version)
 
     async def run() -> None:
         async with connected(data_dir) as here:

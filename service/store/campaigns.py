@@ -273,9 +273,9 @@ async def unassign(
         await connection.execute(delete(table).where(*here))
 
 
-async def touch_product(connection: AsyncConnection, code: str, if_version: int | None = None) -> None:
-    """The product counts as changed, by what the caller changes of it.  Raises NotFound and Conflict."""
-    await _begin(connection, "product", code, if_version)
+async def touch_product(connection: AsyncConnection, code: str, now: int, if_version: int | None = None) -> None:
+    """The product counts as changed, by what the caller changes of it.  Raises NotFound; Conflict if it is over too."""
+    _refuse_over("product", await _begin(connection, "product", code, if_version), now)
 
 
 async def mark_changed(connection: AsyncConnection, ids: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Cap
+from service.domain import instant
 from service.errors import Conflict
 from service.store import campaigns
 from service.store.control import TIME_MAX, check_id, check_text
@@ -73,6 +74,7 @@ async def create(
     """
     check_id("product", code)
     _check(details)
+    _refuse_past(details.expiry, now)
     await campaigns.create_for_product(
         connection, code, pool=pool, starts_at=starts_at, until=until, time_zone=time_zone, caps=caps, now=now
     )
@@ -80,17 +82,19 @@ async def create(
 
 
 async def change(
-    connection: AsyncConnection, code: str, changes: dict[str, object], if_version: int | None = None
+    connection: AsyncConnection, code: str, changes: dict[str, object], now: int, if_version: int | None = None
 ) -> Details:
     """These fields of ``Details`` have other values, the rest is as it was; what it says now.
 
-    Raises NotFound; Conflict if a value breaks a rule, or if it is not at ``if_version`` any more.
+    Raises NotFound; Conflict if a value breaks a rule, if it is over, or if it is not at ``if_version`` any more.
     """
-    await campaigns.touch_product(connection, code, if_version)
+    await campaigns.touch_product(connection, code, now, if_version)
     row = (await connection.execute(select(products).where(products.c.code == code))).one()
     before = Details(**{name: row._mapping[name] for name in Details.__struct_fields__})
     details = msgspec.structs.replace(before, **changes)
     _check(details)
+    if details.expiry != before.expiry:
+        _refuse_past(details.expiry, now)
     await connection.execute(update(products).where(products.c.code == code).values(_row(details)))
     return details
 
@@ -129,3 +133,9 @@ def _check_expiry(expiry: str) -> None:
     most = TIME_MAX if unit == "until" else COUNT_MAX.get(unit, 0)
     if not number.isdigit() or not 1 <= int(number) <= most:
         raise Conflict("a voucher expires on a day, or up to 36500 days, 1200 months or 100 years after it was issued")
+
+
+def _refuse_past(expiry: str, now: int) -> None:
+    unit, _, number = expiry.partition(":")
+    if unit == "until" and int(number) <= now:
+        raise Conflict(f"a voucher can't expire in the past: {instant(int(number))} is over")

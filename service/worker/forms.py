@@ -121,18 +121,26 @@ def _midnight(day: date, zone: ZoneInfo) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
 
 
-_AFTER: Final = re.compile(r"(\d{1,5}) ?(day|month|year)s?", re.ASCII)
+_AFTER: Final = re.compile(r"(\d{1,5}) ?(day|month|year)s?(?: from issuance)?", re.ASCII)
+
+AS_THE_CODE: Final = "as the code"  # of a product without a rule of its own
 
 
 def product_expiry(text: str, zone: ZoneInfo) -> tuple[str, str]:
-    """A product's rule of expiry as it is stored, and in words: `12 months` counts from issuance, a day is its end."""
+    """A product's rule of expiry as it is stored, and in words: `12 months` counts from issuance, a day is its end.
+
+    The words are taken too.
+    """
+    if text == AS_THE_CODE:
+        return "", AS_THE_CODE
     match = _AFTER.fullmatch(text)
     if match is not None:
         number, unit = int(match[1]), match[2]
         return f"{unit}s:{number}", f"{number} {unit}{'' if number == 1 else 's'} from issuance"
+    end = text.removeprefix("until ")
     try:
-        return f"until:{end_of(text, zone) - 1}", f"until {text}"
+        return f"until:{end_of(end, zone) - 1}", f"until {end}"
     except ValueError:
         raise ValueError(
-            f"{text!r} is no expiry: write `90 days`, `12 months`, `1 year`, or a day (2029-10-31)"
+            f"{text!r} is no expiry: write `90 days`, `12 months`, `1 year`, a day (2029-10-31), or `{AS_THE_CODE}`"
         ) from None

@@ -82,6 +82,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     ((*PLAIN, "--short-url", "x y"), "http or https"),
     ((*PLAIN, "--expires", "99999 days"), "up to 36500 days"),
     ((*PLAIN, "--expires", "0 days"), "up to 36500 days"),
+    ((*PLAIN, "--expires", "2001-01-01"), "can't expire in the past: 2001-01-01T23:59:59Z is over"),
     ((*PLAIN, "--description", "x" * 10_001), "at most 10,000"),
     ((*PLAIN, "--description", "caf\udce9"), "description is not text: it has to be UTF-8"),
     ((*PLAIN, "--terms", "caf\udce9"), "terms and conditions is not text: it has to be UTF-8"),
@@ -139,8 +140,39 @@ def test_a_change_changes_that_alone_and_nobody_s_change_is_lost(store: OnStage)
     refused("product", "change", "GIFT", "--url", "nowhere", says="http or https")
     refused("product", "change", "GIFT", "--description", "caf\udce9", says="description is not text")
     refused("product", "change", "NONE", "--name", "x", says="no product NONE")
+    refused("product", "change", "GIFT", "--expires", "2001-01-01", says="can't expire in the past")
     assert shown("product", "show", "GIFT") == after
     assert run("product", "change", "GIFT").exit_code == 2
+
+
+def test_an_expiry_is_taken_in_the_words_in_which_it_is_shown(store: OnStage) -> None:
+    ok("product", "create", "GIFT", *PLAIN)
+    for typed, stored in (("2090-01-31", "until:3789590399"), ("1 year", "years:1"), ("as the code", "")):
+        ok("product", "change", "GIFT", "--expires", typed)
+        words = shown("product", "show", "GIFT")["expiry_scheme"]
+        ok("product", "change", "GIFT", "--expires", words)
+        assert store(snapshot).products[0].terms.expiry == stored
+        assert shown("product", "show", "GIFT")["expiry_scheme"] == words
+
+
+def test_a_product_that_is_over_is_not_changed(store: OnStage) -> None:
+    ok("product", "create", "GIFT", *PLAIN)
+    ok("product", "end", "GIFT")
+    before = store(snapshot)
+    refused("product", "change", "GIFT", "--name", "Late", says="product GIFT is over since ")
+    assert store(snapshot) == before
+
+
+def test_a_product_whose_vouchers_would_expire_at_once_still_says_other_things(store: OnStage) -> None:
+    ok("product", "create", "GIFT", *PLAIN, "--expires", "2090-01-31")
+
+    async def age(stage: Stage) -> None:
+        async with stage.database.write() as conn:
+            await conn.execute(schema.products.update().values(expiry="until:5"))
+
+    store(age)
+    ok("product", "change", "GIFT", "--name", "Other")
+    assert shown("product", "show", "GIFT")["name"] == "Other"
 
 
 def test_the_version_is_that_of_the_product_whatever_of_it_was_changed_and_shown_as_it_is_typed(store: OnStage) -> None:
