@@ -97,7 +97,7 @@ def _with_client_api(settings: Settings, secrets: Keyring, issuer: Issuer, datab
         issuer, secrets, name=settings.issuer, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix
     )
     endpoint = TokenEndpoint(issuer, tokens, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix)
-    catalogue = ProductCatalogue(issuer, Stock(database, scripts).left)
+    catalogue = ProductCatalogue(issuer, Stock(database, scripts, deadline_s=settings.deadline_ms / 1000).left)
     own = OwnVouchers(LedgerReading(database, scripts, deadline_s=settings.deadline_ms / 1000))
     return App(
         issuer,

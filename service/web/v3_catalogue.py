@@ -24,6 +24,10 @@ from service.web.v3_errors import answered, new_request_id, refusal
 # Seconds that a look at the stock is good for: whatever the clients ask, one process looks this often.
 LOOK_S: Final = 1.0
 
+# The part of a request's deadline that a look may take: the request has waited for the catalogue to be confirmed
+# before, and is to be told in time if nobody answers.
+LOOK_PART: Final = 0.5
+
 Left = Callable[[], Awaitable[dict[str, int]]]
 
 
@@ -91,23 +95,39 @@ def out_of_force(access: Access, catalogue: Catalogue) -> str:
 
 
 class Stock:
-    """The codes of each pool that are in the store or in its window, looked at once a second at most."""
+    """The codes of each pool that are in the store or in its window, looked at once a second at most.
 
-    def __init__(self, database: Database, scripts: Scripts, clock: Callable[[], float] = time.monotonic) -> None:
+    ``deadline_s``: longest wait of one request, all in all.
+    """
+
+    def __init__(
+        self, database: Database, scripts: Scripts, *, deadline_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._database = database
         self._scripts = scripts
+        self._look_s = LOOK_PART * deadline_s
         self._clock = clock
         self._look: asyncio.Task[dict[str, int]] | None = None
         self._looked_at = float("-inf")
 
     async def left(self) -> dict[str, int]:
-        """Codes per pool, as of a second ago at most.  Raises StoreUnreachable and RedisUnreachable."""
+        """Codes per pool, as of a second ago at most.
+
+        Raises StoreUnreachable, also if a look takes longer than LOOK_PART of the deadline, and RedisUnreachable.
+        """
         if self._look is None or (self._look.done() and self._clock() - self._looked_at >= LOOK_S):
             self._looked_at = self._clock()
             self._look = asyncio.ensure_future(self._looked())
         return await asyncio.shield(self._look)
 
     async def _looked(self) -> dict[str, int]:
+        try:
+            async with asyncio.timeout(self._look_s):
+                return await self._counted()
+        except TimeoutError:
+            raise StoreUnreachable from None
+
+    async def _counted(self) -> dict[str, int]:
         async with self._database.read() as conn:
             left = await stock.left(conn, int(time.time()))
         seen = await self._scripts.generation()
