@@ -107,6 +107,11 @@ async def explain(
     looked = tuple(_looked(catalogue, route, verdicts, distributor, products))
     if not terminal and any(cap.field.endswith(":") for one in route.plan.candidates for cap in one.caps):
         notes.append("caps per terminal are those of one that got nothing yet; --terminal names another")
+    notes += [
+        f"{product} is a product of Client API v3: see `voucherd product show {product}`"
+        for product in dict.fromkeys(products)
+        if catalogue.product(product) is not None and not catalogue.serving(product)
+    ]
     first = next((one for one in looked if one.standing in ("wins", "refilling", "backlog")), None)
     refused = route.unavailable(",".join(one.stop for one in verdicts)) if first is None else None
     outcome: str = refused.code if refused is not None else "issue"

@@ -234,6 +234,15 @@ def test_it_says_when_nobody_could_get_anything(store: OnStage) -> None:
     assert any("NOT ISSUING" in note for note in found["notes"])
 
 
+def test_a_product_of_the_other_api_is_said_to_be_one(store: OnStage) -> None:
+    plain = ("--name", "Gift", "--amount", "1000", "--currency", "SGD", "--url", "https://v.example/")
+    store(lambda stage: stage.campaign())
+    for code in ("GIFT", "PAY"):  # the second is what a campaign serves besides
+        ok("product", "create", code, *plain)
+    [note] = [one for one in _explained(DISTRIBUTOR, "GIFT,PAY,GIFT,NONE")["notes"] if "Client API v3" in one]
+    assert note == "GIFT is a product of Client API v3: see `voucherd product show GIFT`"
+
+
 def test_what_is_no_product_is_typed_wrong(store: OnStage) -> None:
     for products in ("", "PAY,", "PAY, MOB", "\x1b[31m"):
         assert run("explain", DISTRIBUTOR, products).exit_code == 2
