@@ -70,10 +70,26 @@ def _faults_in_a_line() -> Iterator[None]:
         _end(f"{str(fault).rstrip('.')}{'; ' if advice else ''}{advice}")
     except RedisError as error:  # by its type alone: a message may quote what was sent
         _end(f"Redis refused or did not answer ({type(error).__name__}): {ADVICE[RedisUnreachable]}")
-    except SQLAlchemyError as error:
+    except (UnicodeEncodeError, SQLAlchemyError) as error:
+        if _was_no_text(error):
+            _end("what was typed is not text in UTF-8, and nothing can be called so")
+        if isinstance(error, UnicodeEncodeError):
+            raise
         _end(f"the store refused a statement ({type(error).__name__}): {ADVICE[StoreUnreachable]}")
     except OSError as error:
         _end(f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}")
+
+
+def _was_no_text(error: BaseException | None) -> bool:
+    """Whether it was that Python has half characters for an argument's bytes of another encoding.
+
+    Drivers of stores find that out; files may be called so.
+    """
+    while error is not None:
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            return True
+        error = error.__cause__
+    return False
 
 
 def _end(text: str) -> None:

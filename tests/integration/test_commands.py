@@ -247,6 +247,17 @@ def test_faults_are_one_line(store: OnStage, monkeypatch: pytest.MonkeyPatch, tm
     refused("audit", says="see that the store runs")
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("product", "pause", "caf\udce9"), ("distributor", "suspend", "caf\udce9"), ("pool", "show", "caf\udce9"),
+        ("ledger", "find", "--request-id", "caf\udce9"), ("client", "create", "C", "--distributor", "caf\udce9"),
+    ],
+)  # fmt: skip
+def test_a_name_in_another_encoding_is_one_line_that_says_so(store: OnStage, typed: tuple[str, ...]) -> None:
+    refused(*typed, says="what was typed is not text in UTF-8")
+
+
 def test_migrate_makes_a_store(store: OnStage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VOUCHERD_STORE_URL", sqlite_url(tmp_path / "new" / "voucherd.db"))
     for _ in range(2):
