@@ -144,7 +144,7 @@ async def change(connection: AsyncConnection, wanted: Campaign, now: int) -> Non
     """
     id = wanted.id
     row = await _begin(connection, "campaign", id, None)
-    _refuse_over("campaign", row, now)
+    _refuse_over(row, now)
     for what, was, to_be in (("pool", row.pool, wanted.pool), ("time zone", row.time_zone, wanted.time_zone)):
         if was != to_be:  # what was lost with a Redis is counted by the pool, days and hours by the zone
             raise Conflict(f"campaign {id} keeps its {what}, {was}, for good: create another campaign")
@@ -187,7 +187,7 @@ async def set_paused(
     """The campaign is paused or goes on.  Raises NotFound; Conflict also if it is over and were to go on."""
     row = await _begin(connection, noun, id, if_version)
     if not paused:
-        _refuse_over(noun, row, now)
+        _refuse_over(row, now)
     await connection.execute(update(campaigns).where(campaigns.c.id == id).values(paused=paused))
 
 
@@ -274,8 +274,8 @@ async def unassign(
 
 
 async def touch_product(connection: AsyncConnection, code: str, now: int, if_version: int | None = None) -> None:
-    """The product counts as changed, by what the caller changes of it.  Raises NotFound; Conflict if it is over too."""
-    _refuse_over("product", await _begin(connection, "product", code, if_version), now)
+    """The product counts as changed, by what the caller changes of it.  Raises NotFound, and Conflict if it is over."""
+    _refuse_over(await _begin(connection, "product", code, if_version), now)
 
 
 async def mark_changed(connection: AsyncConnection, ids: Collection[str]) -> None:
@@ -309,7 +309,7 @@ async def check_candidates(connection: AsyncConnection, now: int, distributor: s
 
 
 def noun_of(category: str) -> Noun:
-    """What a row is that has this category: a product's is issued to no category of what a terminal sells."""
+    """Which of the two has this category: a product's rule is for none that a terminal sells."""
     return "campaign" if category else "product"
 
 
@@ -358,8 +358,9 @@ def _is_over(row: Row[Any], now: int) -> bool:
     return bool(0 < row.until <= now)
 
 
-def _refuse_over(noun: Noun, row: Row[Any], now: int) -> None:
+def _refuse_over(row: Row[Any], now: int) -> None:
     if _is_over(row, now):
+        noun = noun_of(row.category)
         raise Conflict(f"{noun} {row.id} is over since {instant(row.until)} and can't go on: create another one")
 
 
