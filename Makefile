@@ -8,10 +8,10 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench bench-import chaos-import postman sim
+.PHONY: help install run test check lua bench bench-import compare-install chaos-import postman sim
 
 help: ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## prepare .venv with everything pinned (quick the second time)
 
@@ -43,6 +43,12 @@ bench: install ## CPU per voucher, next to a no-op application on the same serve
 
 bench-import: install ## an import next to \copy, and issuing meanwhile (ARGS='--codes 10000000')
 	$(BIN)/python -m loadtest.imports $(ARGS)
+
+compare-install: install ## what loadtest/compare needs: FastAPI into .venv, Fastify by npm where there is Node
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	@if ! command -v node >/dev/null; then echo "node is missing: going on without the Fastify service"; \
+	elif ! command -v npm >/dev/null; then echo "npm is missing: going on without the Fastify service"; \
+	else cd loadtest/compare/fastify && npm install --omit=dev --no-audit --no-fund; fi
 
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)

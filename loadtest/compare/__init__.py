@@ -1,0 +1,1 @@
+"""What voucherd is measured against: the same job, written as one writes it in a common framework."""
