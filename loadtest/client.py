@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import cast
 
@@ -16,17 +16,25 @@ import uvloop
 # Longest silence of a server before the run is given up.
 SILENCE_S_MAX = 10.0
 
+# With a rate, requests that are due are sent together this often: a timer for each would keep the generator busy.
+PACE_S = 0.001
+
 
 class Run(msgspec.Struct, frozen=True):
-    """What a run saw: answers by status, seconds from the first request to the last answer, latencies in seconds."""
+    """What a run saw: latencies in seconds by status, and seconds from the first request to the last answer."""
 
-    statuses: dict[int, int]
+    latencies: dict[int, list[float]]
     seconds: float
-    latencies: list[float]
 
-    def percentile(self, share: float) -> float:
-        """The latency in seconds that ``share`` (0 to 1) of the answers did not pass."""
-        return sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
+    @property
+    def statuses(self) -> dict[int, int]:
+        """How many answers had which status."""
+        return {status: len(seen) for status, seen in self.latencies.items()}
+
+    def percentile(self, share: float, status: int = 200) -> float:
+        """The latency in seconds that ``share`` (0 to 1) of the answers of this status did not pass; 0 without any."""
+        seen = sorted(self.latencies.get(status, ()))
+        return seen[min(len(seen) - 1, int(share * len(seen)))] if seen else 0.0
 
 
 def run(
@@ -59,25 +67,28 @@ async def _run(
     answered = -1
     while not state.done.done():
         await asyncio.wait([state.done], timeout=SILENCE_S_MAX)
-        if not state.done.done() and answered == len(state.latencies):
+        if not state.done.done() and answered == state.answered:
             raise TimeoutError(f"no answer for {SILENCE_S_MAX:.0f} s after {answered} answers")
-        answered = len(state.latencies)
+        answered = state.answered
     state.done.result()
     if pace is not None:
         await pace
     seconds = time.perf_counter() - began
     for connection in state.connections:
         connection.close()
-    return Run(dict(state.statuses), seconds, state.latencies)
+    return Run(dict(state.latencies), seconds)
 
 
 async def _pace(state: _State, began: float, requests: int, rate: float) -> None:
-    for number in range(requests):
-        due = began + number / rate
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        state.due.append(due)
-        if state.idle:
-            state.idle.popleft().send()
+    number = 0
+    while number < requests:
+        now = time.perf_counter()
+        while number < requests and (due := began + number / rate) <= now:
+            number += 1
+            state.due.append(due)
+            if state.idle:
+                state.idle.popleft().send()
+        await asyncio.sleep(PACE_S)
 
 
 class _State:
@@ -86,8 +97,8 @@ class _State:
         self.request = request
         self.done = done
         self.sent = 0
-        self.statuses: Counter[int] = Counter()
-        self.latencies: list[float] = []
+        self.answered = 0
+        self.latencies: defaultdict[int, list[float]] = defaultdict(list)
         self.connections: list[_Connection] = []
         self.due = deque[float]()  # when the requests that wait should have been sent; 0: at once, counted from then
         self.idle = deque[_Connection]()
@@ -121,16 +132,16 @@ class _Connection(asyncio.Protocol):
         if head < 0:
             self._buffer = buffer
             return
-        at = buffer.find(b"content-length: ")
+        at = buffer[:head].lower().find(b"content-length: ")
         length = int(buffer[at + 16 : buffer.index(b"\r\n", at)])
         if len(buffer) < head + 4 + length:
             self._buffer = buffer
             return
         self._buffer = b""
         state = self._state
-        state.latencies.append(time.perf_counter() - self._sent_at)
-        state.statuses[int(buffer[9:12])] += 1
-        if len(state.latencies) == state.requests:
+        state.answered += 1
+        state.latencies[int(buffer[9:12])].append(time.perf_counter() - self._sent_at)
+        if state.answered == state.requests:
             state.done.set_result(None)
         else:
             self.send()

@@ -244,8 +244,8 @@ def _issuing(voucherd: Voucherd, folder: Path, file: Path, back: set[int], optio
 
 
 def _issued(bursts: list[Run]) -> Issued:
-    latencies = sorted(latency for one in bursts for latency in one.latencies)
-    whole = Run({}, 0.0, latencies)
+    latencies = sorted(latency for one in bursts for seen in one.latencies.values() for latency in seen)
+    whole = Run({200: latencies}, 0.0)
     return Issued(
         answers=len(latencies),
         failed=sum(count for one in bursts for status, count in one.statuses.items() if status != 200),

