@@ -90,7 +90,7 @@ for i = 1, counter_count do
   if now < start or now >= stop then
     return {'CLOCK', nonce, open, now}
   end
-  local counter = {used = {}, added = {}, fields = {}}
+  local counter = {used = {}, fields = {}, raised = {}}
   if now < middle then
     counter.key, counter.expires = KEYS[key_at], start > 0 and 2 * middle - start
   else
@@ -176,6 +176,38 @@ end
 
 local replays = request_count > 0 and redis.call('MGET', unpack(KEYS, key_at)) or {}
 
+local function field_of(cap, terminal)
+  return cap.per_terminal and cap.field .. terminal or cap.field
+end
+
+-- what the caps that may be looked at have counted: one call a counter
+local terminals = {}
+for i = 1, request_count do
+  if not replays[i] then
+    local first = at + 3 * (i - 1)
+    local terminal, plan = string.match(ARGV[first + 1], '^[^\t]*'), shapes[ARGV[first]].plan
+    terminals[i] = terminal
+    for c = 1, #plan do
+      local candidate = plan[c]
+      for k = 1, #candidate do
+        local counter, field = candidate[k].counter, field_of(candidate[k], terminal)
+        if not counter.used[field] then
+          counter.used[field] = 0
+          counter.fields[#counter.fields + 1] = field
+        end
+      end
+    end
+  end
+end
+for _, counter in ipairs(counters) do
+  if #counter.fields > 0 then
+    local counts = redis.call('HMGET', counter.key, unpack(counter.fields))
+    for i, field in ipairs(counter.fields) do
+      counter.used[field] = count_of(counts[i], counter.key)
+    end
+  end
+end
+
 -- Looks ahead in a window until `count` codes beyond those taken are at hand; steps over codes with too little life.
 local function at_hand(pool, count)
   local codes = pool.codes
@@ -213,19 +245,11 @@ local function at_hand(pool, count)
   return true
 end
 
-local function used(counter, field)
-  local count = counter.used[field]
-  if not count then
-    count = count_of(redis.call('HGET', counter.key, field), counter.key)
-    counter.used[field] = count
-  end
-  return count
-end
-
 -- decide ---------------------------------------------------------------------------------------------------------
 local reply = {'OK', nonce, open, now}
 local issued, records, record_keys = {}, {}, {} -- issued: text by replay key; records: in order of their codes
 local records_made, codes_issued = 0, 0
+local fields = {} -- of the caps of the candidate that is looked at
 local issued_at = '\n' .. string.format('%d', now) .. '\n'
 
 local function decide(i)
@@ -242,8 +266,7 @@ local function decide(i)
   if restoring and not shape.looked_up then
     return 'LOOKUP', ''
   end
-  local plan, quantity = shape.plan, shape.quantity
-  local stops, fields = {}, {}
+  local plan, quantity, terminal, stops = shape.plan, shape.quantity, terminals[i], nil
   for c = 1, #plan do
     local candidate = plan[c]
     local pool, take, stop = candidate.pool, quantity, nil
@@ -254,8 +277,12 @@ local function decide(i)
     else
       for k = 1, #candidate do
         local cap = candidate[k]
-        fields[k] = cap.per_terminal and cap.field .. string.match(payload, '^[^\t]*') or cap.field
-        take = math.min(take, cap.limit - used(cap.counter, fields[k]))
+        local field = field_of(cap, terminal)
+        local left = cap.limit - cap.counter.used[field]
+        fields[k] = field
+        if left < take then
+          take = left
+        end
       end
       if take <= 0 then
         stop = 'capped'
@@ -276,12 +303,9 @@ local function decide(i)
       room = room - take
       for k = 1, #candidate do
         local counter, field = candidate[k].counter, fields[k]
-        counter.used[field] = counter.used[field] + take
-        if not counter.added[field] then
-          counter.fields[#counter.fields + 1] = field
-        end
         -- two caps may share a counter (distributor and day, say), never a field: one rule, one limit
-        counter.added[field] = (counter.added[field] or 0) + take
+        counter.used[field] = counter.used[field] + take
+        counter.raised[field] = true
       end
       local codes = pool.codes[pool.taken + 1]
       if take > 1 then
@@ -295,9 +319,9 @@ local function decide(i)
       records[records_made], record_keys[records_made] = record, key
       return 'ISSUED', record
     end
-    stops[c] = stop
+    stops = stops and stops .. ',' .. stop or stop
   end
-  return 'NONE', table.concat(stops, ',')
+  return 'NONE', stops or ''
 end
 
 for i = 1, request_count do
@@ -320,21 +344,24 @@ if leaving > 0 then
   redis.call('XADD', outbox_key, '*', 'generation', open, 'seq', string.format('%d', seq + 1),
     'codes', string.format('%d', leaving),
     'issued', table.concat(records, '\30'), 'asides', table.concat(asides, '\30'))
+  local seconds = string.format('%d', retention)
   for i = 1, records_made do
-    redis.call('SET', record_keys[i], records[i], 'EX', retention)
+    redis.call('SET', record_keys[i], records[i], 'EX', seconds)
   end
-  redis.call('HSET', totals_key, 'seq', string.format('%d', seq + 1))
-  redis.call('HINCRBY', totals_key, 'codes', leaving)
-  redis.call('HINCRBY', totals_key, 'popped', codes_issued)
-  if #asides > 0 then
-    redis.call('HINCRBY', totals_key, 'set_aside', #asides)
-  end
+  redis.call('HSET', totals_key, 'seq', string.format('%d', seq + 1),
+    'codes', string.format('%d', totals[2] + leaving), 'popped', string.format('%d', totals[3] + codes_issued),
+    'set_aside', string.format('%d', totals[4] + #asides))
   for _, counter in ipairs(counters) do
-    for _, field in ipairs(counter.fields) do
-      redis.call('HINCRBY', counter.key, field, counter.added[field])
+    local counts = {}
+    for field in pairs(counter.raised) do
+      counts[#counts + 1] = field
+      counts[#counts + 1] = string.format('%d', counter.used[field])
     end
-    if counter.expires and #counter.fields > 0 then
-      redis.call('EXPIREAT', counter.key, counter.expires)
+    if #counts > 0 then
+      redis.call('HSET', counter.key, unpack(counts))
+      if counter.expires then
+        redis.call('EXPIREAT', counter.key, counter.expires)
+      end
     end
   end
 end
