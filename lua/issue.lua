@@ -223,7 +223,7 @@ local function at_hand(pool, count)
       -- codes of one lot begin alike, with their expiry, which is looked at once
       local begins = string.sub(ahead[i], 1, 11)
       if begins ~= pool.begins then
-        pool.begins, pool.expires = begins, tonumber(string.match(ahead[i], '^(%d+)\t'))
+        pool.begins, pool.expires = begins, tonumber(string.match(ahead[i], '^(%x+)\t') or 'none', 16)
         if not pool.expires then
           broken = pool.window
           return false
@@ -247,18 +247,18 @@ end
 
 -- decide ---------------------------------------------------------------------------------------------------------
 local reply = {'OK', nonce, open, now}
-local issued, records, record_keys = {}, {}, {} -- issued: text by replay key; records: in order of their codes
+local issued = {} -- records by their keys
+local records, record_keys, entries = {}, {}, {} -- in the order of their codes; entries: as they go into the outbox
 local records_made, codes_issued = 0, 0
 local fields = {} -- of the caps of the candidate that is looked at
-local issued_at = '\n' .. string.format('%d', now) .. '\n'
+local issued_at = '\n' .. string.format('%x', now) .. '\n'
 
 local function decide(i)
   local first = at + 3 * (i - 1)
   local shape, payload, key = shapes[ARGV[first]], ARGV[first + 1], KEYS[key_at + i - 1]
   local record = issued[key] or replays[i]
   if record then
-    local layout_end = string.find(record, '\n', 1, true) or 0
-    if string.sub(record, layout_end + 1, layout_end + #payload + 1) == payload .. '\n' then
+    if string.sub(record, 2, #payload + 2) == payload .. '\n' then
       return 'REPLAY', record
     end
     return 'REUSED', ''
@@ -313,10 +313,11 @@ local function decide(i)
       end
       pool.taken = pool.taken + take
       codes_issued = codes_issued + take
-      record = '1\n' .. payload .. '\n' .. ARGV[first + 2] .. issued_at .. candidate.rule .. '\n' .. codes
+      record = '2' .. payload .. issued_at .. candidate.rule .. '\n' .. codes
       issued[key] = record
       records_made = records_made + 1
       records[records_made], record_keys[records_made] = record, key
+      entries[records_made] = ARGV[first + 2] .. '\n' .. record
       return 'ISSUED', record
     end
     stops = stops and stops .. ',' .. stop or stop
@@ -343,7 +344,7 @@ local leaving = codes_issued + #asides
 if leaving > 0 then
   redis.call('XADD', outbox_key, '*', 'generation', open, 'seq', string.format('%d', seq + 1),
     'codes', string.format('%d', leaving),
-    'issued', table.concat(records, '\30'), 'asides', table.concat(asides, '\30'))
+    'issued', table.concat(entries, '\30'), 'asides', table.concat(asides, '\30'))
   local seconds = string.format('%d', retention)
   for i = 1, records_made do
     redis.call('SET', record_keys[i], records[i], 'EX', seconds)

@@ -42,8 +42,7 @@ for i = 3, #KEYS do
   if not record then
     reply[2 * i - 1], reply[2 * i] = 'MISS', ''
   else
-    local layout_end = string.find(record, '\n', 1, true) or 0
-    if string.sub(record, layout_end + 1, layout_end + #payload + 1) == payload .. '\n' then
+    if string.sub(record, 2, #payload + 2) == payload .. '\n' then
       reply[2 * i - 1], reply[2 * i] = 'REPLAY', record
     else
       reply[2 * i - 1], reply[2 * i] = 'REUSED', ''

@@ -36,7 +36,7 @@ if ARGV[2] == '' or ARGV[2] == ARGV[3] or #ARGV < 6 or not stock or not restocke
   return redis.error_reply('BADCALL restock')
 end
 for i = 6, #ARGV do
-  if not string.match(ARGV[i], '^%d+\t%d+\t%d+\t[^%c]+\t[^%c]+$') then
+  if not string.match(ARGV[i], '^%x+\t%d+\t%d+\t[^%c]+\t[^%c]+$') then
     return redis.error_reply('BADCALL argument ' .. i .. ' of restock')
   end
 end

@@ -27,7 +27,7 @@ if #ARGV < 2 or not seq or seq % 1 ~= 0 or not codes or codes % 1 ~= 0 or not wi
 end
 local reply, there, seen = {'OK'}, {}, {}
 for i = 2, #ARGV do
-  if seen[ARGV[i]] or not string.match(ARGV[i], '^%d+\t%d+\t%d+\t[^%c]+\t[^%c]+$') then
+  if seen[ARGV[i]] or not string.match(ARGV[i], '^%x+\t%d+\t%d+\t[^%c]+\t[^%c]+$') then
     return redis.error_reply('BADCALL argument ' .. i .. ' of withdraw')
   end
   seen[ARGV[i]] = true

@@ -1,21 +1,22 @@
 """The words of the service as values: codes, records, requests, outcomes.
 
-A **record** is one line-based text, made by ``lua/issue.lua`` and by nobody else on the hot path.  The same
-bytes are the replay record, the outbox's content and the source of every answer, which is why a replay is
-byte-identical.  Its first line is the layout; a new layout gets a new number and keeps the old reader.
+A **record** is one line-based text, made by ``lua/issue.lua`` and by nobody else on the hot path.  What a client is
+told is built from the replay record, which is why a replay is byte-identical:
 
-    1                                     layout
-    <payload>                             what the client asked for, canonical, after the terminal ('' on v3) and a
-                                          tab; compared on a replay
-    <api>                                 v1 or v3
-    <distributor>
-    <client>                              whose keys these are; the distributor itself on v1
-    <key>                                 v1: request_id; v3: Idempotency-Key, a UUID in lower case
-    <issued_at>                           Unix seconds, by the Redis server's clock
+    2<payload>                            layout, and what the client asked for, canonical, after the terminal ('' on
+                                          v3) and a tab; compared on a replay
+    <issued_at>                           Unix seconds, hexadecimal, by the Redis server's clock
     <rule>                                campaign, pool, category, product, until (0: open), tab-separated; on v3
-                                          two more: the id key, and the product's terms
-    <code> ...                            one line a code: expires_at, lot, seq, code, serial, tab-separated
+                                          two more: the id key, and the product's terms.  What follows from what
+                                          stands before is left out (``Rule.pack``)
+    <code> ...                            one line a code: expires_at (hexadecimal), lot, seq, code, serial,
+                                          tab-separated
 
+Whose it is, the key that it is kept under says, so the record does not: a million of them wait for a retention.  In the
+outbox four lines stand in front of it: api (v1 or v3), distributor, client (whose keys these are; the distributor itself
+on v1), and key (v1: request_id; v3: Idempotency-Key, a UUID in lower case).
+
+The first character is the layout; a new layout gets a new one and keeps the old reader (1 was never released).
 No field may hold a control character; what comes from outside is validated before it gets here.
 """
 
@@ -27,7 +28,7 @@ from typing import Final, Literal
 
 import msgspec
 
-LAYOUT: Final = "1"
+LAYOUT: Final = "2"
 RECORD_SEPARATOR: Final = "\x1e"  # between records (and between set-aside codes) in one outbox entry
 
 Api = Literal["v1", "v3"]
@@ -49,13 +50,13 @@ class Code(msgspec.Struct, frozen=True):
     serial: str
 
     def pack(self) -> str:
-        return f"{self.expires_at}\t{self.lot}\t{self.seq}\t{self.code}\t{self.serial}"
+        return f"{self.expires_at:x}\t{self.lot}\t{self.seq}\t{self.code}\t{self.serial}"
 
     @classmethod
     def unpack(cls, line: str) -> Code:
         """Raises ValueError if ``line`` is not a packed code."""
         expires_at, lot, seq, code, serial = line.split("\t")
-        return cls(int(expires_at), int(lot), int(seq), code, serial)
+        return cls(int(expires_at, 16), int(lot), int(seq), code, serial)
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -74,19 +75,31 @@ class Rule(msgspec.Struct, frozen=True):
     terms: str = ""
 
     def pack(self) -> str:
-        packed = f"{self.campaign}\t{self.pool}\t{self.category}\t{self.product}\t{self.until}"
-        return f"{packed}\t{self.id_key}\t{self.terms}" if self.id_key else packed
+        """Its fields, the empty ones at the end left out.  Empty is a pool named as the campaign, a product named as
+        the category (or the campaign, without one), and no end."""
+        fields = (
+            self.campaign, "" if self.pool == self.campaign else self.pool, self.category,
+            "" if self.product == (self.category or self.campaign) else self.product, str(self.until or ""),
+            self.id_key, self.terms,
+        )  # fmt: skip
+        return "\t".join(fields).rstrip("\t")
 
     @classmethod
+    @lru_cache(maxsize=4_096)  # few rules make all records of a day
     def unpack(cls, line: str) -> Rule:
         """Raises ValueError if ``line`` is not a packed rule."""
-        campaign, pool, category, product, until, *rest = line.split("\t")
-        if not rest:
-            return cls(campaign, pool, category, product, int(until))
-        id_key, terms = rest
-        if not id_key:
+        fields = line.split("\t")
+        if len(fields) > _RULE_FIELDS or not fields[0]:
+            raise ValueError("not a rule")
+        campaign, pool, category, product, until, id_key, terms = fields + [""] * (_RULE_FIELDS - len(fields))
+        if terms and not id_key:
             raise ValueError("a rule with terms names its id key")
-        return cls(campaign, pool, category, product, int(until), id_key, terms)
+        return cls(
+            campaign, pool or campaign, category, product or category or campaign, int(until or 0), id_key, terms
+        )
+
+
+_RULE_FIELDS: Final = 7
 
 
 class Terms(msgspec.Struct, frozen=True, array_like=True):
@@ -138,19 +151,30 @@ class Record(msgspec.Struct, frozen=True):
         return self.payload.split("\t", 1)[0]
 
     def pack(self) -> str:
-        head = (LAYOUT, self.payload, self.api, self.distributor, self.client, self.key, str(self.issued_at))
-        return "\n".join((*head, self.rule.pack(), *(code.pack() for code in self.codes)))
+        """What is kept under the request's key."""
+        head = (LAYOUT + self.payload, f"{self.issued_at:x}", self.rule.pack())
+        return "\n".join((*head, *(code.pack() for code in self.codes)))
 
     @classmethod
-    def unpack(cls, text: str) -> Record:
-        """Raises ValueError if ``text`` is not a record of a layout this version reads."""
-        layout, payload, api, distributor, client, key, issued_at, rule, *codes = text.split("\n")
-        if layout != LAYOUT or not codes:
+    def unpack(cls, text: str, *, api: str = "", distributor: str = "", client: str = "", key: str = "") -> Record:
+        """``text`` does not say whose record it is.  Raises ValueError if it is none of a layout this version reads."""
+        payload, issued_at, rule, *codes = text.split("\n")
+        if payload[:1] != LAYOUT or not codes:
             raise ValueError(f"not a record of layout {LAYOUT}")
         return cls(
-            payload, api, distributor, client, key, int(issued_at),
-            Rule.unpack(rule), tuple(Code.unpack(line) for line in codes),
+            payload[1:], api, distributor, client, key, int(issued_at, 16),
+            Rule.unpack(rule), tuple([Code.unpack(line) for line in codes]),
         )  # fmt: skip
+
+    def pack_entry(self) -> str:
+        """What is in the outbox."""
+        return "\n".join((self.api, self.distributor, self.client, self.key, self.pack()))
+
+    @classmethod
+    def unpack_entry(cls, text: str) -> Record:
+        """Raises ValueError if ``text`` is not what ``pack_entry`` makes."""
+        api, distributor, client, key, record = text.split("\n", 4)
+        return cls.unpack(record, api=api, distributor=distributor, client=client, key=key)
 
 
 def codes_in(record: str) -> int:
@@ -158,7 +182,7 @@ def codes_in(record: str) -> int:
     return record.count("\n") - _HEAD_LINES + 1
 
 
-_HEAD_LINES: Final = 8  # of a record, before its codes
+_HEAD_LINES: Final = 3  # of a record, before its codes
 
 
 class Request(msgspec.Struct, frozen=True):

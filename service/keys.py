@@ -8,6 +8,7 @@ starts from keys that nothing old can reach (docs/architecture.md, "Generations"
 from __future__ import annotations
 
 import re
+from binascii import b2a_base64
 from typing import Final
 
 # Keys that live as long as the data set; every other key has an expiry or goes with its generation.
@@ -68,12 +69,23 @@ def caps(partition: int, generation: int, campaign: str, period: str) -> str:
 
 def replay(partition: int, generation: int, api: str, client: str, key: str) -> str:
     """String: the record of one answered request.  Expires after the published retention."""
-    return f"{replays(partition, generation)}{api}:{client}:{key}"
+    return f"{replays(partition, generation)}{api}:{client}:{short(key)}"
 
 
 def replays(partition: int, generation: int) -> str:
-    """What the keys of all replay records of a generation begin with; ``api:client:key`` follows."""
-    return f"{tag(partition)}:{generation}:replay:"
+    """What the keys of all replay records of a generation begin with; ``api:client:`` and the short key follow."""
+    return f"{tag(partition)}:{generation}:"
+
+
+def short(key: str) -> str:
+    """``key`` as it stands in the name of its replay record: a UUID, which most are, in 23 characters instead of 36,
+    the first a blank, which no key has.  Different keys stay different."""
+    if len(key) == 36 and _UUID(key):
+        return " " + b2a_base64(bytes.fromhex(key.replace("-", "")), newline=False)[:22].decode()
+    return key
+
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
 
 
 def of_generation(partition: int, generation: int) -> str:

@@ -307,7 +307,7 @@ class Scripts:
                 else:
                     index = 0
             api, client, key = request.api, request.client, request.key
-            replay_keys.append(f"{replays}{api}:{client}:{key}")
+            replay_keys.append(f"{replays}{api}:{client}:{keys.short(key)}")
             request_args += (
                 f"{index}:{request.quantity}:{1 if routed.looked_up else 0}", request.payload,
                 f"{api}\n{request.distributor}\n{client}\n{key}",
@@ -370,7 +370,7 @@ class Scripts:
 
     async def _batch_reply(self, raw: Any, nonce: str, requests: Sequence[Request], pools: Sequence[str]) -> Reply:
         """The reply as values.  Raises ReplyMismatch if it is not this call's: a reply names the call by its nonce, and
-        a record the request it answers, so that no answer can reach anyone else (reliability.md 15)."""
+        a record what was asked for, so that no answer can reach anyone else (reliability.md 15)."""
         if isinstance(raw, list) and len(raw) >= 4 and raw[1] == nonce:
             status: Literal["OK", "STALE", "LOST", "CLOCK"] = raw[0]
             answers = list(map(Answer, raw[4::2], raw[5::2])) if status == "OK" else []
@@ -598,7 +598,7 @@ def _identifier(value: object) -> str:
 
 
 def _belongs(record: str, request: Request) -> bool:
-    return f"\n{request.payload}\n{request.api}\n{request.distributor}\n{request.client}\n{request.key}\n" in record
+    return record.startswith(request.payload + "\n", 1)
 
 
 def _fault(error: RedisError, name: str = "") -> Exception:

@@ -188,6 +188,11 @@ DISTRIBUTOR: Final = "DIST-1"
 YEAR_S: Final = 366 * 86_400
 
 
+def record_of(request: Request, text: str) -> Record:
+    """The record that was kept under this request's key."""
+    return Record.unpack(text, api=request.api, distributor=request.distributor, client=request.client, key=request.key)
+
+
 class Bench:
     """One server with one open generation and the doors to it.  ``memory`` is the server if it is fakeredis."""
 
@@ -294,12 +299,11 @@ class Bench:
             version=self.version if version is None else version,
             outbox_max=outbox_max, retention_s=retention_s, bounds=bounds,
         )  # fmt: skip
-        for answer in reply.answers:
+        for routed, answer in zip(batch, reply.answers, strict=False):  # there are none unless all is well
             if answer.status == "ISSUED":
-                record = Record.unpack(answer.detail)
-                for code in record.codes:
-                    holder = self.given.setdefault((code.lot, code.seq), record.key)
-                    assert holder == record.key, f"{code} was given to {holder} and to {record.key}"
+                for code in Record.unpack(answer.detail).codes:
+                    holder = self.given.setdefault((code.lot, code.seq), routed.request.key)
+                    assert holder == routed.request.key, f"{code} was given to {holder} and to {routed.request.key}"
         return reply
 
     async def words(self, *batch: Routed, **options: Any) -> list[str]:
@@ -357,7 +361,7 @@ class Bench:
         assert len(entries) == books.entries
         held = 0
         for _, fields in entries:
-            issued = [Record.unpack(text) for text in parse_separated(fields["issued"])]
+            issued = [Record.unpack_entry(text) for text in parse_separated(fields["issued"])]
             asides = [Code.unpack(text) for text in parse_separated(fields["asides"])]
             assert int(fields["codes"]) == sum(len(record.codes) for record in issued) + len(asides)
             assert fields["generation"] == str(self.generation)

@@ -26,6 +26,7 @@ from tests.scripting import (
     cap,
     missing_statuses,
     plan,
+    record_of,
     request,
 )
 
@@ -61,7 +62,7 @@ class ScriptCases:
         reply = await bench.issue(Routed(request("req-1"), plan()), retention_s=1_000)
         after = await bench.now()
         [answer] = reply.answers
-        record = Record.unpack(answer.detail)
+        record = record_of(request("req-1"), answer.detail)
         assert (reply.generation, answer.status) == (1, "ISSUED")
         assert before <= reply.now <= after
         assert record == Record(
@@ -72,7 +73,7 @@ class ScriptCases:
         assert await bench.redis.get(key) == answer.detail
         assert 990 < await bench.redis.ttl(key) <= 1_000
         [(_, fields)] = await bench.outbox()
-        assert fields == {"generation": "1", "seq": "1", "codes": "1", "issued": answer.detail, "asides": ""}
+        assert fields == {"generation": "1", "seq": "1", "codes": "1", "issued": record.pack_entry(), "asides": ""}
         assert (await bench.window())[0] == second
 
     async def test_quantity_n_gets_n_codes_in_their_order(self, bench: Bench) -> None:

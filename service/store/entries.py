@@ -48,7 +48,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     def content(self) -> bytes:
         """The entry's records and then its set-aside codes, for keeping it as it is."""
-        packed = [record.pack() for record in self.records] + [code.pack() for code in self.asides]
+        packed = [record.pack_entry() for record in self.records] + [code.pack() for code in self.asides]
         return RECORD_SEPARATOR.join(packed).encode(errors="surrogateescape")
 
 
@@ -191,7 +191,7 @@ def unfit(entry: Entry) -> str | None:
                          rule.campaign, rule.pool, rule.category, rule.product)
         ):  # fmt: skip
             return "a field of a record is too long"
-        if (reason := _unfit_codes(record.codes) or _unfit_text(record.pack())) is not None:
+        if (reason := _unfit_codes(record.codes) or _unfit_text(record.pack_entry())) is not None:
             return reason
     return _unfit_codes(entry.asides) or _unfit_text("".join(code.pack() for code in entry.asides))
 

@@ -29,6 +29,7 @@ from service.domain import (
     Outcome,
     RateLimited,
     Request,
+    Rule,
     Suspended,
     Unauthorized,
     Unavailable,
@@ -155,7 +156,7 @@ def told(outcome: Outcome, request: Request) -> Answer:
     """What the client is told.  Raises ValueError if its record is of a layout that this version does not read."""
     match outcome:
         case Issued():
-            return rendered(outcome)
+            return rendered(outcome, request.key)
         case Unavailable(code, considered):
             return unavailable(code, request.products, considered, request.key)
         case Unauthorized(code) | Busy(code):
@@ -174,16 +175,15 @@ _REPLAYED: Final = (b"idempotent-replayed", b"true")
 _JSON: Final = (b"content-type", b"application/json")
 
 
-def rendered(issued: Issued) -> Answer:
-    """200 with the voucher: the same bytes whenever it is built from the same record.
+def rendered(issued: Issued, key: str) -> Answer:
+    """200 with the voucher of request ``key``: the same bytes whenever it is built from the same record.
 
     Raises ValueError if the record is of a layout that this version does not read.
     """
-    lines = issued.record.split("\n")
-    render = _RENDERERS.get(lines[0])
+    render = _RENDERERS.get(issued.record[:1])
     if render is None:
         raise ValueError("a record of an unknown layout")
-    body = render(lines)
+    body = render(issued.record, key)
     headers = _headers(len(body), issued.replayed)
     return Answer(200, headers, body, "replayed" if issued.replayed else "issued")
 
@@ -194,28 +194,29 @@ def _headers(length: int, replayed: bool) -> Headers:
     return (*headers, _REPLAYED) if replayed else headers
 
 
-def _layout_1(lines: list[str]) -> bytes:
-    _, _, _, _, _, key, issued_at, rule, code = lines
+def _layout_2(record: str, key: str) -> bytes:
+    _, issued_at, rule, code = record.split("\n")
     expires_at, _, _, voucher, serial = code.split("\t")
     campaign, until = _campaign(rule)
-    expiry = int(expires_at)
+    expiry = int(expires_at, 16)
     if until and until < expiry:
         expiry = until
     if '"' in code or "\\" in code or '"' in key or "\\" in key:
         voucher, serial, key = _escaped(voucher), _escaped(serial), _escaped(key)
     return (
         f'{{"status":"success",{campaign},"voucher_code":"{voucher}","serial_number":"{serial}",'
-        f'"expiry_date":"{instant(expiry)}","request_id":"{key}","issued_at":"{instant(int(issued_at))}"}}'
+        f'"expiry_date":"{instant(expiry)}","request_id":"{key}","issued_at":"{instant(int(issued_at, 16))}"}}'
     ).encode()
 
 
 @lru_cache(maxsize=4_096)
 def _campaign(rule: str) -> tuple[str, int]:
     """The members of the answer that the rule gives, as JSON, and when the campaign ends (0: open)."""
-    campaign, _, category, product, until = rule.split("\t")
+    of = Rule.unpack(rule)
     return (
-        f'"campaign_id":"{_escaped(campaign)}","category_id":"{_escaped(category)}","product_id":"{_escaped(product)}"'
-    ), int(until)
+        f'"campaign_id":"{_escaped(of.campaign)}","category_id":"{_escaped(of.category)}",'
+        f'"product_id":"{_escaped(of.product)}"'
+    ), of.until
 
 
 def _escaped(text: str) -> str:
@@ -224,7 +225,7 @@ def _escaped(text: str) -> str:
 
 
 # One renderer a layout, for ever: a record may be older than this version.
-_RENDERERS: Final[dict[str, Callable[[list[str]], bytes]]] = {"1": _layout_1}
+_RENDERERS: Final[dict[str, Callable[[str, str], bytes]]] = {"2": _layout_2}
 
 
 # --- headers

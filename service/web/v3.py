@@ -22,6 +22,7 @@ from service.domain import (
     Outcome,
     RateLimited,
     Request,
+    Rule,
     Suspended,
     Unauthorized,
     Unavailable,
@@ -161,7 +162,7 @@ def told(outcome: Outcome, request: Request, ids: IdKeys, key: bytes) -> Answer:
     echoed = ((b"idempotency-key", key),)
     match outcome:
         case Issued():
-            return rendered(outcome, ids, key)
+            return rendered(outcome, request, ids, key)
         case Unavailable(code, considered):
             if code == "not_running":
                 code_told = "paused" if considered[0].stopped_by == "paused" else "not_valid"
@@ -183,23 +184,22 @@ def told(outcome: Outcome, request: Request, ids: IdKeys, key: bytes) -> Answer:
 # --- the answer, from a record
 
 
-def rendered(issued: Issued, ids: IdKeys, key: bytes) -> Answer:
+def rendered(issued: Issued, request: Request, ids: IdKeys, key: bytes) -> Answer:
     """200 with all vouchers, or 207 with as many as a cap left: the same bytes whenever they are of the same record.
 
     Raises ValueError and UnknownIdKey as ``told`` does.
     """
-    layout, payload, _, _, client, own_key, second, rule, *codes = issued.record.split("\n")
-    if layout != LAYOUT:
+    payload, second, rule, *codes = issued.record.split("\n")
+    if payload[:1] != LAYOUT:
         raise ValueError("a record of an unknown layout")
     _, product, quantity, face_value, _ = payload.split("\t")
-    _, _, _, _, _, id_key, terms = rule.split("\t")
-    issued_at = int(second)
-    voucher = voucher_renderer(terms, product, int(face_value) if face_value else None)
+    of, issued_at = Rule.unpack(rule), int(second, 16)
+    voucher = voucher_renderer(of.terms, product, int(face_value) if face_value else None)
     vouchers = []
     for line in codes:
         expires_at, lot, seq, code, _ = line.split("\t")
-        vouchers.append(voucher(code, ids.identity(id_key, int(lot), int(seq)), issued_at, int(expires_at)))
-    request_id = ids.request_id(id_key, client, own_key, issued_at)
+        vouchers.append(voucher(code, ids.identity(of.id_key, int(lot), int(seq)), issued_at, int(expires_at, 16)))
+    request_id = ids.request_id(of.id_key, request.client, request.key, issued_at)
     part = _PARTIAL if len(codes) < int(quantity) else ""
     body = f'{{"request_id":"{request_id}",{part}"vouchers":[{",".join(vouchers)}]}}'.encode()
     headers: Headers = (JSON, (b"content-length", b"%d" % len(body)), (b"idempotency-key", key))

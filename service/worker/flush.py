@@ -273,7 +273,7 @@ async def _counts(
 
 def parse(partition: int, generation: int, entry_id: str, fields: dict[str, str]) -> Entry:
     """An outbox entry as ``issue`` wrote it.  Raises ValueError or KeyError for anything else."""
-    records = tuple(Record.unpack(text) for text in parse_separated(fields["issued"]))
+    records = tuple(Record.unpack_entry(text) for text in parse_separated(fields["issued"]))
     asides = tuple(Code.unpack(text) for text in parse_separated(fields["asides"]))
     held = sum(len(record.codes) for record in records) + len(asides)
     if int(fields["codes"]) != held or int(fields["generation"]) != generation or int(fields["seq"]) < 1 or not held:

@@ -20,6 +20,7 @@ from service.worker.flush import Flush
 from service.worker.publish import change
 from service.worker.recover import Recover
 from service.worker.refill import Refill
+from tests.scripting import record_of
 
 DISTRIBUTOR = "DIST-001"
 OUTBOX_MAX = 10_000
@@ -86,7 +87,7 @@ class Stage:
         request = Request("v3", client, key, DISTRIBUTOR, ("CAMP-001",), payload, quantity, face_value)
         (answer,) = await self._issue([request], plan, version)
         assert answer.status == "ISSUED"
-        return Record.unpack(answer.detail)
+        return record_of(request, answer.detail)
 
     async def _plan(self, product: str) -> tuple[Plan, int]:
         async with self.database.read() as conn:

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from service.catalogue import period_start
 from service.domain import Code, Record
 from service.scripts import Answer, Count, CountedCap, Routed, connect, counter_key, parse_separated
-from tests.scripting import NOTHING, YEAR_S, Bench, MemoryServer, candidate, cap, own_server, plan, request
+from tests.scripting import NOTHING, YEAR_S, Bench, MemoryServer, candidate, cap, own_server, plan, record_of, request
 from tests.servers import RedisServer
 
 T = TypeVar("T")
@@ -257,10 +257,10 @@ class Machine(RuleBasedStateMachine):
     def _note_issued(
         self, routed: Routed, answer: Answer, codes: list[Code], pool: str, rule_text: str, now: int
     ) -> None:
-        record = Record.unpack(answer.detail)
         asked = routed.request
+        record = record_of(asked, answer.detail)
         assert record.codes == tuple(codes), "the first that are alive, in their order"
-        assert (record.key, record.payload, record.issued_at) == (asked.key, asked.payload, now)
+        assert (record.payload, record.issued_at) == (asked.payload, now)
         assert record.rule.pack() == rule_text
         for code in codes:
             self.pools[pool].window.remove(code)

@@ -80,7 +80,7 @@ class Truth:
         self.pushed: dict[Position, int] = {}  # generation whose window it came to
         self.left: dict[Position, str] = {}  # record that it went with, '' if set aside
         self.issued: dict[tuple[str, str], list[Record]] = defaultdict(list)  # by client and key
-        self.records: set[str] = set()
+        self.records: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)  # record -> whose it is
         self.destroyed: set[Position] = set()  # issued or set aside, and the only copy of that is gone
         self.told: dict[tuple[str, str], list[Told]] = defaultdict(list)
         self.limits: dict[tuple[str, str, str, str], list[Limit]] = {}  # campaign, holder, distributor, period
@@ -111,8 +111,8 @@ class Truth:
         if OUTBOX.fullmatch(key) is None:
             return
         for text in parse_separated(fields["issued"]):
-            record = Record.unpack(text)
-            self.records.add(text)
+            record = Record.unpack_entry(text)
+            self.records[record.pack()].add((record.client, record.key))
             self.issued[record.client, record.key].append(record)
             for code in record.codes:
                 self._leaves(code, text)
@@ -217,7 +217,7 @@ class Truth:
             self.broken("P1", f"{key} was told a record that nobody issued")
             return
         record = Record.unpack(outcome.record)
-        if (record.client, record.key, record.payload) != (request.client, request.key, request.payload):
+        if key not in self.records[outcome.record] or record.payload != request.payload:
             self.broken("P3", f"{key} got the answer to another request")
         if self.certainly(token, "revoked", begun, now):
             self.broken("P6", f"a revoked token got a success for a request begun at {begun:.3f}")
@@ -390,7 +390,7 @@ def codes_in_outboxes(data: Data) -> set[Position]:
             for entry in value.entries.values():
                 fields = dict(zip(entry[::2], entry[1::2], strict=True))
                 for text in parse_separated(fields["issued"]):
-                    found |= _positions_of(Record.unpack(text).codes)
+                    found |= _positions_of(Record.unpack_entry(text).codes)
                 found |= _positions_of(map(Code.unpack, parse_separated(fields["asides"])))
     return found
 

@@ -64,8 +64,8 @@ class TestScriptsInMemory(ScriptCases):
         lambda raw: raw[:-1],
         lambda raw: raw[:-2],
         lambda raw: [*raw, "ISSUED", raw[5]],
-        lambda raw: [*raw[:5], raw[5].replace("req-1", "req-2")],
-        lambda raw: [*raw[:5], raw[5].replace("\nDIST-1\n", "\nDIST-2\n")],
+        lambda raw: [*raw[:5], raw[5].replace("T-1\t", "T-2\t")],
+        lambda raw: [*raw[:5], raw[5].replace("PAY\n", "PAY,MOB\n")],
     ],
 )
 async def test_a_reply_of_another_call_reaches_nobody(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
