@@ -8,7 +8,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench bench-import compare-install chaos-import postman sim
+.PHONY: help install run test check lua bench bench-flush bench-import compare-install chaos-import postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ lua: ## luacheck alone
 	@if command -v luacheck >/dev/null; then luacheck --quiet lua; \
 	else echo "luacheck is missing, the Lua scripts were not linted (Debian's package is lua-check)"; fi
 
-bench: install ## CPU per voucher, next to a no-op application on the same server
+bench: install ## CPU per voucher, next to a no-op application and (make compare-install) other services
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+bench-flush: install ## CPU of writing issued vouchers to the ledger, on PostgreSQL
+	$(BIN)/python -m loadtest.flush $(ARGS)
 
 bench-import: install ## an import next to \copy, and issuing meanwhile (ARGS='--codes 10000000')
 	$(BIN)/python -m loadtest.imports $(ARGS)

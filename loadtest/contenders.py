@@ -32,6 +32,7 @@ from loadtest.processes import START_S_MAX, STOP_S_MAX, free_port, module
 from loadtest.vouchers import IssueVouchers, VoucherRequests
 from service.cli.embedded import ALLOCATOR
 from service.client import Client
+from service.keys import generation, outbox
 
 HERE = Path(__file__).parent
 FASTIFY = HERE / "compare" / "fastify"
@@ -230,7 +231,7 @@ def _check(found: Voucherd) -> None:
 def _wait_flushed(client: redis.Redis) -> None:
     """Returns when the outbox is empty, so that the worker does not share the next measurement's cores."""
     deadline = time.monotonic() + SETTLE_S_MAX
-    while any(client.xlen(key) for key in client.scan_iter("{0}:*:outbox")):
+    while client.xlen(outbox(0, int(client.hget(generation(0), "open") or 0))):  # type: ignore[arg-type]
         if time.monotonic() > deadline:
             raise SystemExit("the worker does not keep up: the outbox is not empty")
         time.sleep(0.1)

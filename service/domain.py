@@ -12,9 +12,9 @@ told is built from the replay record, which is why a replay is byte-identical:
     <code> ...                            one line a code: expires_at (hexadecimal), lot, seq, code, serial,
                                           tab-separated
 
-Whose it is, the key that it is kept under says, so the record does not: a million of them wait for a retention.  In the
-outbox four lines stand in front of it: api (v1 or v3), distributor, client (whose keys these are; the distributor itself
-on v1), and key (v1: request_id; v3: Idempotency-Key, a UUID in lower case).
+Whose it is, the key that it is kept under says, so the record does not: a million of them wait for a retention.  In
+the outbox four lines stand in front of it: api (v1 or v3), distributor, client (whose keys these are; the distributor
+itself on v1), and key (v1: request_id; v3: Idempotency-Key, a UUID in lower case).
 
 The first character is the layout; a new layout gets a new one and keeps the old reader (1 was never released).
 No field may hold a control character; what comes from outside is validated before it gets here.
@@ -148,7 +148,7 @@ class Record(msgspec.Struct, frozen=True):
     @property
     def terminal(self) -> str:
         """The device that asked; '' on an API that knows no terminals."""
-        return self.payload.split("\t", 1)[0]
+        return self.payload.partition("\t")[0]
 
     def pack(self) -> str:
         """What is kept under the request's key."""

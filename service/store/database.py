@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import aiosqlite
 import asyncpg
-from sqlalchemy import Connection, Table, event, insert, inspect, text
+from sqlalchemy import Connection, Table, event, inspect, text
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -168,7 +168,9 @@ async def insert_records(
     if not records:
         return
     if connection.dialect.name == "sqlite":
-        await connection.execute(insert(table), [dict(zip(columns, record, strict=True)) for record in records])
+        places = ", ".join("?" * len(columns))
+        statement = f"insert into {table.name} ({', '.join(columns)}) values ({places})"  # noqa: S608 - our own names
+        await connection.exec_driver_sql(statement, list(records))
     else:
         await _copy(connection, table, columns, records)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from service.domain import RECORD_SEPARATOR, Code, Record
+from service.domain import RECORD_SEPARATOR, Code, Record, Rule
 from service.identity import IdKeys
 from service.store.schema import LITTLE_LIFE, WITHDRAWN
 from service.store.stock import digest
@@ -179,29 +180,41 @@ def unfit(entry: Entry) -> str | None:
         return "its sequence is out of range"
     if entry.why not in (LITTLE_LIFE, WITHDRAWN):
         return "a reason that this version does not know"
+    texts: list[str] = []
     for record in entry.records:
-        rule = record.rule
         if not record.codes:
             return "a record without a code"
-        if not (0 <= record.issued_at <= INTEGER_MAX and 0 <= rule.until <= INTEGER_MAX):
+        if not 0 <= record.issued_at <= INTEGER_MAX:
             return "a time is out of range"
-        if len(record.api) > 8 or len(record.key) > 128 or len(rule.id_key) > 16 or any(
-            len(text) > 64
-            for text in (record.distributor, record.client, record.terminal,
-                         rule.campaign, rule.pool, rule.category, rule.product)
+        if (
+            len(record.api) > 8 or len(record.key) > 128 or len(record.distributor) > 64 or len(record.client) > 64
+            or len(record.terminal) > 64
         ):  # fmt: skip
             return "a field of a record is too long"
-        if (reason := _unfit_codes(record.codes) or _unfit_text(record.pack_entry())) is not None:
+        if (reason := _unfit_rule(record.rule) or _unfit_codes(record.codes, texts)) is not None:
             return reason
-    return _unfit_codes(entry.asides) or _unfit_text("".join(code.pack() for code in entry.asides))
+        texts += (record.api, record.distributor, record.client, record.key, record.payload)
+    return _unfit_codes(entry.asides, texts) or _unfit_text("".join(texts))
 
 
-def _unfit_codes(codes: Sequence[Code]) -> str | None:
+@lru_cache(maxsize=1_024)  # few rules make all records of a day
+def _unfit_rule(rule: Rule) -> str | None:
+    if not 0 <= rule.until <= INTEGER_MAX:
+        return "a time is out of range"
+    names = (rule.campaign, rule.pool, rule.category, rule.product)
+    if len(rule.id_key) > 16 or any(len(text) > 64 for text in names):
+        return "a field of a record is too long"
+    return _unfit_text("".join((*names, rule.id_key, rule.terms)))
+
+
+def _unfit_codes(codes: Sequence[Code], texts: list[str]) -> str | None:
+    """``texts`` has theirs afterwards."""
     for code in codes:
         if not (0 <= code.lot <= INTEGER_MAX and 0 <= code.seq <= INTEGER_MAX and 0 <= code.expires_at <= INTEGER_MAX):
             return "a number of a code is out of range"
         if len(code.code) > 128 or len(code.serial) > 64:
             return "a field of a code is too long"
+        texts += (code.code, code.serial)
     return None
 
 

@@ -7,20 +7,15 @@ here steps around them: one position of stock ``(lot, seq)`` and one code (its d
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 import msgspec
 from sqlalchemy import (
     ColumnElement,
-    Integer,
-    LargeBinary,
     Row,
     Table,
     and_,
-    bindparam,
-    func,
     or_,
     select,
     tuple_,
@@ -29,12 +24,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.types import BigInteger, Text
 
 from service.errors import LedgerLacks, StoreUnreachable
 from service.identity import NO_KEYS, IdKeys
 from service.store import generations
-from service.store.database import Database
+from service.store.database import Database, insert_records
 from service.store.entries import (
     AsideRow,
     Entry,
@@ -248,8 +242,7 @@ async def _write(conn: AsyncConnection, rows: Rows, now: int, suspicious: bool) 
     put_aside = [row for row in rows.asides if row[:4] not in doubles]
     raised = [double.incident(way, now) for way, double in doubles.items()]
     for table, some in ((requests, rows.requests), (issuances, kept), (set_asides, put_aside), (incidents, raised)):
-        if await _insert_all(conn, table, some) != len(some):
-            raise _RaceLostError
+        await insert_records(conn, table, _INSERTED[table], some)
     involved = {campaign for double in doubles.values() for campaign in double.campaigns}
     for some_campaigns in chunks(sorted(involved)):
         await conn.execute(
@@ -420,7 +413,10 @@ async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int, id
         for way in sorted(stored[table].keys() - came - stored[incidents].keys()):
             differs(way, 0, None, None, f"lot {stored[table][way].lot}", _WITHOUT_IT)
 
-    raised = await _insert_all(conn, incidents, sorted(conflicts, key=lambda row: row[1:5]))
+    raised = 0
+    for conflict in sorted(conflicts, key=lambda row: row[1:5]):
+        row = dict(zip(_INSERTED[incidents], conflict, strict=True))
+        raised += (await conn.execute(_insert_once(conn, incidents, WAY), row)).rowcount
     doubled = {row.subject for row in stored[incidents].values() if row.kind == DOUBLE_ISSUE}
     return _Compared(already, raised, doubled)
 
@@ -444,49 +440,10 @@ async def _still_paused(conn: AsyncConnection, involved: set[str]) -> tuple[str,
 # --- the two databases -------------------------------------------------------------------------------------------
 
 
-async def _insert_all(conn: AsyncConnection, table: Table, rows: Sequence[tuple[object, ...]]) -> int:
-    """Inserts ``rows`` (columns in the table's order) but for those whose position is taken; returns how many.
-
-    Any other violation raises IntegrityError.  One statement of arrays on PostgreSQL (a temporary table for COPY would
-    swell the system catalogue with every flush), executemany on SQLite.
-    """
-    if not rows:
-        return 0
-    if conn.dialect.name == "sqlite":
-        done = await conn.exec_driver_sql(_sqlite_insert(table), list(rows))
-    else:
-        arrays = map(list, zip(*rows, strict=True))
-        done = await conn.execute(_postgresql_insert(table), dict(zip(_columns(table), arrays, strict=True)))
-    return done.rowcount
-
-
-def _columns(table: Table) -> list[str]:
-    return [column.name for column in table.c if column.autoincrement is not True]
-
-
-@cache
-def _sqlite_insert(table: Table) -> str:
-    columns = _columns(table)
-    statement = sqlite.insert(table).values({name: bindparam(name) for name in columns})
-    compiled = statement.on_conflict_do_nothing(index_elements=WAY).compile(dialect=sqlite.dialect())
-    if compiled.positiontup != columns:
-        raise AssertionError(f"parameters of {table.name} are not in the order of its columns")
-    return str(compiled)
-
-
-@cache
-def _postgresql_insert(table: Table) -> postgresql.Insert:
-    columns = _columns(table)
-    arrays = select(*(func.unnest(bindparam(name, type_=postgresql.ARRAY(_array_of(table, name)))) for name in columns))
-    return postgresql.insert(table).from_select(columns, arrays).on_conflict_do_nothing(index_elements=WAY)
-
-
-def _array_of(table: Table, name: str) -> BigInteger | LargeBinary | Text:
-    # TEXT and not VARCHAR(n): a cast to the latter would cut off silently.
-    kind = table.c[name].type
-    if isinstance(kind, Integer):
-        return BigInteger()
-    return LargeBinary() if isinstance(kind, LargeBinary) else Text()
+_INSERTED: Final = {
+    table: [column.name for column in table.c if column.autoincrement is not True]
+    for table in (requests, issuances, set_asides, incidents)
+}
 
 
 def _insert_once(conn: AsyncConnection, table: Table, target: Sequence[str]) -> sqlite.Insert | postgresql.Insert:
