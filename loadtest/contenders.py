@@ -231,7 +231,7 @@ def _check(found: Voucherd) -> None:
 def _wait_flushed(client: redis.Redis) -> None:
     """Returns when the outbox is empty, so that the worker does not share the next measurement's cores."""
     deadline = time.monotonic() + SETTLE_S_MAX
-    while client.xlen(outbox(0, int(client.hget(generation(0), "open") or 0))):  # type: ignore[arg-type]
+    while client.xlen(outbox(0, int(client.hget(generation(0), "open") or 0))):
         if time.monotonic() > deadline:
             raise SystemExit("the worker does not keep up: the outbox is not empty")
         time.sleep(0.1)

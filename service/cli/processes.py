@@ -40,8 +40,8 @@ def serve(
     raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce)))
 
 
-# New objects before the collector looks at all of them.  A flush makes some hundred thousand that end with it and hold no
-# circles: at the interpreter's 700 a tenth of its time went there (`make bench-flush`).
+# New objects before the collector looks at all of them.  A flush makes some hundred thousand that end with it and hold
+# no circles: at the interpreter's 700 a tenth of its time went there (`make bench-flush`).
 GC_THRESHOLD: Final = 50_000
 
 
