@@ -3,7 +3,8 @@
 Rates on a shared machine say more about the machine; the CPU time that the kernel counted per answer is steadier, and
 the ratio of two that were measured one after the other is steadier still.  In each round everything takes its turn: the
 no-op application, voucherd with all its guards on (authentication, three caps, idempotency, outbox, metrics), and two
-services that do the same job in other ways.  64 connections, closed loop; the load generator shares the machine.
+services that do the same job in other ways.  64 connections, closed loop; the load generator shares the machine.  Then
+voucherd alone under loads from a tenth to twice of what it was saturated at (``load``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from loadtest import contenders
+from loadtest import contenders, plots
 from loadtest.client import Run, run
-from loadtest.contenders import DRY, Contender
+from loadtest.contenders import DRY, Contender, Voucherd
+from loadtest.load import ISSUED_SHARE_MIN, P99_MS_MAX, SHARES, Level, codes_for, sweep
 from loadtest.processes import cpu_us
 from loadtest.vouchers import Repeated, VoucherRequests
 
@@ -73,6 +75,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="turns of everything (default 7)")
     parser.add_argument("--requests", type=int, default=10_000, help="requests of one measurement (default 10,000)")
     parser.add_argument("--connections", type=int, default=64, help="connections, closed loop (default 64)")
+    parser.add_argument("--no-load", action="store_true", help="leave out latency against load")
+    parser.add_argument("--plots", metavar="FOLDER", type=Path, help="also draw pictures there (SVG)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure there")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -91,7 +95,30 @@ def main() -> int:
                 seen[case.name] = _measure(case, options)
                 progress.advance(task)
             rounds.append(seen)
-    return _print(rounds, options)
+        levels = [] if options.no_load else _levels(cases, rounds, progress)
+    status = _print(rounds, levels, options)
+    if options.plots is not None and levels:
+        if why := plots.missing():
+            console.print(f"[yellow]{why}")
+        else:
+            for path in plots.draw(options.plots, {name: _cpu(rounds, name) for name in rounds[0]}, levels):
+                print(path)
+    return status
+
+
+def _levels(cases: Sequence[Case], rounds: Sequence[dict[str, Measured]], progress: Progress) -> list[Level]:
+    up = next(case.contender for case in cases if isinstance(case.contender, Voucherd))
+    assert isinstance(up, Voucherd)
+    up.fsync("always")
+    saturated = statistics.median(one[ISSUE].rate for one in rounds)
+    task = progress.add_task("more codes", total=None)
+    up.stock(codes_for(saturated))
+    progress.update(task, description="latency against load", total=len(SHARES))
+    levels = []
+    for level in sweep(up, saturated):
+        levels.append(level)
+        progress.advance(task)
+    return levels
 
 
 def _cases(stack: ExitStack, options: argparse.Namespace, console: Console) -> Iterator[Case]:
@@ -148,12 +175,18 @@ def _measured(seen: Run, spent: dict[str, float], case: Case, requests: int) -> 
     )
 
 
-def _print(rounds: Sequence[dict[str, Measured]], options: argparse.Namespace) -> int:
-    targets = list(_targets(rounds))
+def _cpu(rounds: Sequence[dict[str, Measured]], name: str) -> dict[str, float]:
+    """Medians of the CPU microseconds a voucher by group of processes."""
+    groups = rounds[0][name].cpu_us
+    return {group: statistics.median(one[name].cpu_us[group] for one in rounds) for group in groups}
+
+
+def _print(rounds: Sequence[dict[str, Measured]], levels: Sequence[Level], options: argparse.Namespace) -> int:
+    targets = [*_targets(rounds), *_load_targets(levels)]
     machine = _machine()
     if options.json is not None:
         figures = {"machine": machine, "options": {"requests": options.requests, "connections": options.connections},
-                   "rounds": rounds, "targets": targets}  # fmt: skip
+                   "rounds": rounds, "levels": levels, "targets": targets}  # fmt: skip
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
     table = Table(
         title=f"Medians of {len(rounds)} rounds of {options.requests:,} requests; CPU in microseconds a voucher"
@@ -164,10 +197,8 @@ def _print(rounds: Sequence[dict[str, Measured]], options: argparse.Namespace) -
     for name in rounds[0]:
         seen = [one[name] for one in rounds]
         ratios = [one[name].total_us / one[FLOOR].total_us for one in rounds]
-        cpu = [
-            *(statistics.median(one.cpu_us.get(group, 0.0) for one in seen) for group in ("serve", "Valkey")),
-            statistics.median(one.total_us for one in seen),
-        ]
+        spent = _cpu(rounds, name)
+        cpu = [spent["serve"], spent.get("Valkey", 0.0), statistics.median(one.total_us for one in seen)]
         table.add_row(
             name, *(f"{ratio:.2f}" for ratio in (statistics.median(ratios), min(ratios), max(ratios))),
             *(f"{us:.1f}" for us in cpu),
@@ -177,6 +208,8 @@ def _print(rounds: Sequence[dict[str, Measured]], options: argparse.Namespace) -
         )  # fmt: skip
     console = Console()
     console.print(table)
+    if levels:
+        console.print(_load_table(levels))
     print(machine)
     for target in targets:
         print(f"{target.what}: {target.median:.2f} ({target.least:.2f} to {target.most:.2f}), {target.verdict}")
@@ -213,6 +246,33 @@ def _targets(rounds: Sequence[dict[str, Measured]]) -> Iterator[Target]:
             ratios = [seen[one].total_us / seen[other].total_us for seen in rounds]
             median = statistics.median(ratios)
             yield Target(what, median, min(ratios), max(ratios), limit, median <= limit * (1 + TOLERANCE))
+
+
+def _load_targets(levels: Sequence[Level]) -> Iterator[Target]:
+    at = {level.share: level for level in levels}
+    if not at:
+        return
+    half, twice, shed = at[0.5], at[2.0], max(level.refused for level in levels if level.share < 1)
+    saturated = half.offered / half.share
+    yield _target("p99 in ms at half of the saturated rate", half.p99_ms, P99_MS_MAX)
+    yield _target("requests refused a second below saturation", shed, 0.0)
+    yield _target("saturated rate over what is issued at twice of it", saturated / twice.issued, 1 / ISSUED_SHARE_MIN)
+
+
+def _target(what: str, seen: float, limit: float) -> Target:
+    return Target(what, seen, seen, seen, limit, seen <= limit)
+
+
+def _load_table(levels: Sequence[Level]) -> Table:
+    table = Table(title="Open loop, appendfsync always; latencies in ms from when a request was due")
+    for column in ("load", "offered/s", "issued/s", "503/s", "p50", "p99", "p99.9", "p99 of 503", "CPU us"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in levels:
+        table.add_row(
+            f"{one.share:.0%}", *(f"{rate:,.0f}" for rate in (one.offered, one.issued, one.refused)),
+            *(f"{ms:.1f}" for ms in (one.p50_ms, one.p99_ms, one.p999_ms, one.refused_p99_ms)), f"{one.cpu_us:.1f}",
+        )  # fmt: skip
+    return table
 
 
 def _machine() -> str:

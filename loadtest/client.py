@@ -19,6 +19,9 @@ SILENCE_S_MAX = 10.0
 # With a rate, requests that are due are sent together this often: a timer for each would keep the generator busy.
 PACE_S = 0.001
 
+# After connecting: what a server does for new connections is not what is measured.
+SETTLE_S = 0.5
+
 
 class Run(msgspec.Struct, frozen=True):
     """What a run saw: latencies in seconds by status, and seconds from the first request to the last answer."""
@@ -55,6 +58,7 @@ async def _run(
     state = _State(requests, request, loop.create_future())
     for _ in range(min(connections, requests)):
         await loop.create_connection(lambda: _Connection(state), host, port)
+    await asyncio.sleep(SETTLE_S)
     began = time.perf_counter()
     pace = None
     if rate is None:

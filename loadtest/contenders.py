@@ -59,6 +59,7 @@ class Voucherd(Contender, frozen=True, kw_only=True):
 
     demo: dict[str, str]
     data_dir: Path
+    stock: Callable[[int], None]  # so many codes more are in its campaign's pool
 
     def vouchers(self, product: str = PRODUCT, *, traced: bool = False) -> VoucherRequests:
         """Requests of the Voucher Request API."""
@@ -96,6 +97,11 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
             env=environment, check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
 
+    def stock(count: int) -> None:
+        with (folder / "codes.csv").open("w") as file:
+            file.writelines(["code\n", *(f"B{number:08d}-{secrets.token_hex(4)}\n" for number in range(count))])
+        command("codes", "import", CAMPAIGN, str(folder / "codes.csv"))
+
     up = subprocess.Popen(
         module("service.cli.main", "up", "--data-dir", str(data), "--port", "0", "--ops-port", "0"),
         env=environment, stdout=subprocess.DEVNULL,
@@ -107,16 +113,14 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         )
         command("campaign", "create", DRY, "--category", DRY, "--product", DRY)
         command("campaign", "assign", DRY, demo["distributor_id"])
-        with (folder / "codes.csv").open("w") as file:
-            file.writelines(["code\n", *(f"B{number:08d}-{secrets.token_hex(4)}\n" for number in range(codes))])
-        command("codes", "import", CAMPAIGN, str(folder / "codes.csv"))
+        stock(codes)
         command("codes", "generate", demo["product_code"], str(product_codes), "--pattern", "B%%%%-%%%%-%%%%")
         port = int(demo["base_url"].rsplit(":", 1)[1])
         client = _client_of(data)
         groups = _groups(up.pid)
         found = Voucherd(
             "voucherd", port, groups, lambda mode: _set_fsync(client, mode), lambda: _wait_flushed(client),
-            demo=demo, data_dir=data,
+            demo=demo, data_dir=data, stock=stock,
         )  # fmt: skip
         _check(found)
         yield found

@@ -35,8 +35,8 @@ STOP_S: Final = 10.0
 # is not taken while its server restarts.
 PORTS: Final = range(20_000, 32_768)
 REPLY_MS: Final = 1_000
-# The wheel's server uses the C library's allocator, which keeps seven freed blocks of each size at hand and searches its
-# lists for any other: with records, codes and arguments of all sizes that was a quarter of the server's CPU time
+# The wheel's server uses the C library's allocator, which keeps seven freed blocks of each size at hand and searches
+# its lists for any other: with records, codes and arguments of all sizes that was a quarter of the server's CPU time
 # (docs/performance.md).  With so many at hand (137 MB at the very most) it hardly ever searches.  Builds on jemalloc,
 # which production servers mostly are, don't look at this.
 ALLOCATOR: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=4096"}
