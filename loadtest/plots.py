@@ -18,7 +18,7 @@ def missing() -> str:
 
 
 def draw(folder: Path, totals: Mapping[str, Mapping[str, float]], levels: Sequence[Level]) -> list[Path]:
-    """``totals``: CPU microseconds a voucher, by what was measured and group of processes.  Returns what was written."""
+    """``totals``: CPU microseconds a voucher, by what was measured and group of processes.  Returns what it wrote."""
     import matplotlib
 
     matplotlib.use("svg")
