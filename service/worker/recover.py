@@ -76,6 +76,8 @@ class Recover:
         self._partition = scripts.partition
         self._restoring = 0  # generation whose records are being restored, and how far that has come
         self._restored_to: tuple[int, int, int] | None = None
+        self._clean: set[int] = set()  # closed generations of which no key is left
+        self._clean_on: tuple[int, str] = (0, "")  # as long as this generation is open on this server
 
     async def run_once(self) -> Recovered:
         """Afterwards the partition is open, unless another worker just changed it or StoreIsOlder is raised.
@@ -101,19 +103,25 @@ class Recover:
     async def clean_once(self) -> int:
         """Flushes what is left in outboxes of closed generations and unlinks the keys of those that are empty.
 
-        Returns how many keys.
+        Returns how many keys.  One that had nothing left is not looked at again while this generation is open on this
+        server, which keeps no script from refusing to write there: a look reads every key's name.
         """
         seen = await self._scripts.generation()
         if not seen.agrees:
             return 0
         async with self._database.read() as conn:
             closed = await generations.closed(conn, self._partition)
+        if self._clean_on != (seen.open, seen.server_replid):
+            self._clean_on, self._clean = (seen.open, seen.server_replid), set()
         unlinked = 0
         for generation in closed[-8:]:  # older ones were cleaned before these could be closed
-            if generation == seen.open:
+            if generation == seen.open or generation in self._clean:
                 continue
             await self._flush.drain(generation)
-            unlinked += await self._unlink(generation)
+            count, whole = await self._unlink(generation)
+            unlinked += count
+            if whole and not count:
+                self._clean.add(generation)
         return unlinked
 
     def _never_stopped(self, seen: Generation) -> bool:
@@ -254,8 +262,9 @@ class Recover:
             self._restored_to = page[-1][0]
         return restored
 
-    async def _unlink(self, generation: int) -> int:
-        """Unlinks the keys of a closed generation, unless its outbox still holds something or it is open here."""
+    async def _unlink(self, generation: int) -> tuple[int, bool]:
+        """Unlinks the keys of a closed generation, unless its outbox still holds something or it is open here: how
+        many, and whether that was all of them."""
         unlinked, cursor = 0, 0
         while True:
             try:
@@ -267,10 +276,10 @@ class Recover:
             if found:
                 status, count = await self._scripts.forget(found, generation=generation)
                 if status != "OK":
-                    return unlinked
+                    return unlinked, False
                 unlinked += count
             if cursor == 0:
-                return unlinked
+                return unlinked, True
 
 
 def _counted_from(own: dict[tuple[str, str, str, str], int], distributor: str, holder: str) -> int | None:

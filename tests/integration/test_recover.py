@@ -46,6 +46,32 @@ async def test_a_closed_generation_is_forgotten_once_it_is_flushed(stage: Stage)
     assert (await stage.scripts.generation()).open == 2
 
 
+async def test_keys_are_not_read_again_for_a_generation_that_has_none_left(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With millions of replay records, reading all keys every few seconds would be most of what Redis does."""
+    await stage.scripts.stock("P", 3, generation=1)
+    await _roll(stage)
+    redis = stage.scripts.redis
+    scan, scans = redis.scan, list[Any]()
+
+    async def counted(*given: Any, **named: Any) -> Any:
+        scans.append(named)
+        return await scan(*given, **named)
+
+    monkeypatch.setattr(redis, "scan", counted)
+    assert await stage.recover.clean_once() > 0
+    assert await stage.recover.clean_once() == 0, "only now it is known that nothing is left"
+    scans.clear()
+    for _ in range(3):
+        assert await stage.recover.clean_once() == 0
+    assert not scans
+    await stage.scripts.redis.set(keys.replay(0, 1, "v1", "DIST-001", "came back"), "with an older copy")
+    await _roll(stage)
+    await stage.recover.clean_once()
+    assert await _keys_of(stage, 1) == [], "another generation is open: all closed ones are looked at again"
+
+
 async def test_a_generation_that_is_open_where_the_address_leads_by_now_is_not_forgotten(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
