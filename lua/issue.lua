@@ -22,10 +22,11 @@
 --        per counter:  start, middle, end (Unix seconds): the first hash counts in [start, middle), the second
 --                      in [middle, end); a total has start 0 and middle = end
 --        per plan:     number of candidates; for each: pool index, from, until (0: open), rule (opaque text),
---                      number of caps; for each: counter index, field (a trailing ':' takes the terminal), limit
---        per request:  plan index (0: no candidate), quantity, and 1 if its key was looked up in the ledger, else 0,
---                      joined by ':'; payload, which begins with the terminal and a tab; head (api, distributor,
---                      client, key: four lines)
+--                      number of caps; for each: counter index, whose count (c: the campaign's, d: the
+--                      distributor's, t: the terminal's), limit
+--        per request:  plan index (0: no candidate), quantity, 1 if its key was looked up in the ledger, else 0, and
+--                      the distributor, joined by ':'; payload, which begins with the terminal and a tab; head (api,
+--                      distributor, client, key: four lines)
 -- Returns {status, nonce, open generation, now, ...}
 --   OK     then for each request a status and its detail:
 --            ISSUED   the record
@@ -118,11 +119,11 @@ for i = 1, plan_count do
       return redis.error_reply('BADCALL argument ' .. (bad or at) .. ' of issue')
     end
     for k = 1, cap_count do
-      local counter, field, limit = counters[integer(at, 1)], ARGV[at + 1], integer(at + 2, 0)
-      if bad or not counter then
+      local counter, holder, limit = counters[integer(at, 1)], ARGV[at + 1], integer(at + 2, 0)
+      if bad or not counter or not (holder == 'c' or holder == 'd' or holder == 't') then
         return redis.error_reply('BADCALL argument ' .. (bad or at) .. ' of issue')
       end
-      candidate[k] = {counter = counter, field = field, limit = limit, per_terminal = string.sub(field, -1) == ':'}
+      candidate[k] = {counter = counter, holder = holder, limit = limit}
       at = at + 3
     end
     plan[c] = candidate
@@ -138,8 +139,9 @@ for i = 1, request_count do
   local text = ARGV[at + 3 * (i - 1)]
   local shape = shapes[text]
   if not shape then
-    local plan, quantity, looked_up = string.match(text, '^(%d+):(%d+):([01])$')
+    local plan, quantity, looked_up, distributor = string.match(text, '^(%d+):(%d+):([01]):([^%c]+)$')
     shape = {plan = plans[plan or ''], quantity = tonumber(quantity or 0), looked_up = looked_up == '1'}
+    shape.c, shape.d, shape.t = 'c', 'd:' .. (distributor or ''), 't:' .. (distributor or '') .. ':'
     if not shape.plan or shape.quantity < 1 or shape.quantity > 1000000 then
       return redis.error_reply('BADCALL argument ' .. at + 3 * (i - 1) .. ' of issue')
     end
@@ -176,8 +178,8 @@ end
 
 local replays = request_count > 0 and redis.call('MGET', unpack(KEYS, key_at)) or {}
 
-local function field_of(cap, terminal)
-  return cap.per_terminal and cap.field .. terminal or cap.field
+local function field_of(cap, shape, terminal)
+  return cap.holder == 't' and shape.t .. terminal or shape[cap.holder]
 end
 
 -- what the caps that may be looked at have counted: one call a counter
@@ -185,12 +187,13 @@ local terminals = {}
 for i = 1, request_count do
   if not replays[i] then
     local first = at + 3 * (i - 1)
-    local terminal, plan = string.match(ARGV[first + 1], '^[^\t]*'), shapes[ARGV[first]].plan
+    local terminal, shape = string.match(ARGV[first + 1], '^[^\t]*'), shapes[ARGV[first]]
+    local plan = shape.plan
     terminals[i] = terminal
     for c = 1, #plan do
       local candidate = plan[c]
       for k = 1, #candidate do
-        local counter, field = candidate[k].counter, field_of(candidate[k], terminal)
+        local counter, field = candidate[k].counter, field_of(candidate[k], shape, terminal)
         if not counter.used[field] then
           counter.used[field] = 0
           counter.fields[#counter.fields + 1] = field
@@ -277,7 +280,7 @@ local function decide(i)
     else
       for k = 1, #candidate do
         local cap = candidate[k]
-        local field = field_of(cap, terminal)
+        local field = field_of(cap, shape, terminal)
         local left = cap.limit - cap.counter.used[field]
         fields[k] = field
         if left < take then

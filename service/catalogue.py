@@ -15,11 +15,10 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from service import zones
-from service.domain import Considered, Nothing, Rule, Stop, Terms, Unavailable
+from service.domain import CapHolder, Considered, Nothing, Rule, Stop, Terms, Unavailable
 from service.scripts import Candidate, CountedCap, Counter, Plan
 from service.tokens import digest
 
-CapHolder = Literal["campaign", "distributor", "terminal"]
 Period = Literal["total", "day", "hour"]
 
 # Campaigns that one distributor may have for one product and that are not over; more are refused at publishing,
@@ -227,6 +226,7 @@ class Catalogue:
         self._clients: dict[str, Client] = {}
         self._owners: dict[str, str] = {}
         self._routes: dict[tuple[str, str | tuple[str, ...], object], Route] = {}
+        self._plans: dict[tuple[Candidate, ...], Plan] = {}
 
     def _add(self, part: Snapshot) -> None:
         self._tokens.update(part.tokens)
@@ -333,7 +333,7 @@ class Catalogue:
         if campaign.paused:
             return Route(Plan(()), ((code, code, "paused"),))
         rule = Rule(code, campaign.pool, "", code, campaign.until, id_key, product.terms.pack())
-        return Route(Plan((self._candidate(campaign, rule, distributor),)), ((code, code, 0),))
+        return Route(self._plan([self._candidate(campaign, rule, distributor)]), ((code, code, 0),))
 
     def _make_route(self, distributor: str, products: tuple[str, ...]) -> Route:
         candidates: list[Candidate] = []
@@ -352,12 +352,22 @@ class Catalogue:
                     rule = Rule(campaign.id, campaign.pool, campaign.category, product, campaign.until)
                     candidates.append(self._candidate(campaign, rule, distributor))
                 looked_at.append((product, campaign.id, index_of[campaign.id]))
-        return Route(Plan(tuple(candidates)), tuple(looked_at))
+        return Route(self._plan(candidates), tuple(looked_at))
+
+    def _plan(self, candidates: Sequence[Candidate]) -> Plan:
+        """The same Plan for the same candidates: what requests of a batch have in common is sent once."""
+        key = tuple(candidates)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= ROUTES_MAX:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(key)
+        return plan
 
     def _candidate(self, campaign: Campaign, rule: Rule, distributor: str) -> Candidate:
-        limits: dict[tuple[Counter, str], int] = {}
+        limits: dict[tuple[Counter, CapHolder], int] = {}
         for cap in (*campaign.caps, *campaign.assigned[distributor]):
-            counted = (Counter(campaign.id, cap.period, campaign.time_zone), cap_field(cap.holder, distributor))
+            counted = (Counter(campaign.id, cap.period, campaign.time_zone), cap.holder)
             limits[counted] = min(cap.limit, limits.get(counted, cap.limit))
         return Candidate(
             pool=campaign.pool,
@@ -365,7 +375,7 @@ class Catalogue:
             starts_at=campaign.starts_at,
             until=campaign.until,
             rule=rule.pack(),
-            caps=tuple(CountedCap(counter, field, limit) for (counter, field), limit in limits.items()),
+            caps=tuple(CountedCap(counter, holder, limit) for (counter, holder), limit in limits.items()),
         )
 
 
@@ -373,7 +383,8 @@ _NEVER: Final = 1 << 62  # sorts an open end after every other
 
 
 def cap_field(holder: CapHolder, distributor: str) -> str:
-    """The field of a caps hash that counts for ``holder``; one that ends with ':' is completed by the terminal."""
+    """The field of a caps hash that counts for ``holder``, as ``lua/issue.lua`` names it; one that ends with ':' is
+    completed by the terminal."""
     return {"campaign": "c", "distributor": f"d:{distributor}", "terminal": f"t:{distributor}:"}[holder]
 
 

@@ -32,6 +32,7 @@ LAYOUT: Final = "2"
 RECORD_SEPARATOR: Final = "\x1e"  # between records (and between set-aside codes) in one outbox entry
 
 Api = Literal["v1", "v3"]
+CapHolder = Literal["campaign", "distributor", "terminal"]  # whose vouchers a cap counts
 
 
 @lru_cache(maxsize=10_000)  # a busy second is written thousands of times, in answers and in exports

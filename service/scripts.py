@@ -32,7 +32,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service import keys
-from service.domain import RECORD_SEPARATOR, Code, Request
+from service.domain import RECORD_SEPARATOR, CapHolder, Code, Request
 from service.errors import Misconfigured, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
@@ -143,10 +143,11 @@ class Counter(msgspec.Struct, frozen=True):
 
 
 class CountedCap(msgspec.Struct, frozen=True):
-    """``field`` of ``counter`` may not pass ``limit``; a field that ends with ':' is completed by the terminal."""
+    """What ``holder`` has of ``counter`` may not pass ``limit``.  The script completes whose it is by the request, so
+    that requests of many distributors share one plan."""
 
     counter: Counter
-    field: str
+    holder: CapHolder
     limit: int
 
 
@@ -309,7 +310,7 @@ class Scripts:
             api, client, key = request.api, request.client, request.key
             replay_keys.append(f"{replays}{api}:{client}:{keys.short(key)}")
             request_args += (
-                f"{index}:{request.quantity}:{1 if routed.looked_up else 0}", request.payload,
+                f"{index}:{request.quantity}:{1 if routed.looked_up else 0}:{request.distributor}", request.payload,
                 f"{api}\n{request.distributor}\n{client}\n{key}",
             )  # fmt: skip
         nonce = secrets.token_hex(8)
@@ -355,7 +356,7 @@ class Scripts:
                         counter_key(p, generation, cap.counter, middle),
                     )
                     counter_args += (start, middle, end)
-                plan_args += (counter, cap.field, cap.limit)
+                plan_args += (counter, cap.holder[0], cap.limit)
 
     async def replay(self, requests: Sequence[Request], *, generation: int, version: int) -> Reply:
         """Runs ``lua/replay.lua``: the records of ``requests``, or, for none, whether ``version`` is in force."""

@@ -388,9 +388,9 @@ def request(
 
 
 def cap(
-    limit: int, *, field: str = "c", period: Any = "total", campaign: str = "CAMP", time_zone: str = "UTC"
+    limit: int, *, holder: Any = "campaign", period: Any = "total", campaign: str = "CAMP", time_zone: str = "UTC"
 ) -> CountedCap:
-    return CountedCap(Counter(campaign, period, time_zone), field, limit)
+    return CountedCap(Counter(campaign, period, time_zone), holder, limit)
 
 
 def candidate(

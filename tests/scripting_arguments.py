@@ -75,7 +75,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
         Counter("CAMP", "hour", "UTC"): (now - 1_800, now + 1_800, now + 5_400),
         Counter("CAMP", "day", "UTC"): (now - 172_000, now - 43_200, now + 43_200),
     }
-    first = candidate(cap(50), cap(40, field="d:DIST-1", period="hour"), cap(30, field="t:DIST-1:", period="day"))
+    first = candidate(cap(50), cap(40, holder="distributor", period="hour"), cap(30, holder="terminal", period="day"))
     both = plan(candidate(pool="Q", starts_at=now + 9_000), first)
     await bench.issue(Routed(request("old"), plan(candidate(pool="Q"))))
     await bench.issue(Routed(request("older"), plan(candidate(pool="Q"))))

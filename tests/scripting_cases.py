@@ -170,17 +170,16 @@ class ScriptCases:
     # --- issue: caps ------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("period", PERIODS)
-    @pytest.mark.parametrize(("field", "shared"), [("c", 8), ("d:D1", 4), ("t:D1:", 2)])
-    async def test_no_cap_is_exceeded(self, bench: Bench, field: str, period: str, shared: int) -> None:
-        """Two distributors with two terminals each send two requests each; ``shared`` of the 8 are under one cap."""
+    @pytest.mark.parametrize(("holder", "shared"), [("campaign", 8), ("distributor", 4), ("terminal", 2)])
+    @pytest.mark.parametrize("plans", [1, 2])
+    async def test_no_cap_is_exceeded(self, bench: Bench, plans: int, holder: str, period: str, shared: int) -> None:
+        """Two distributors with two terminals each send two requests each, by one plan or by one for each distributor;
+        ``shared`` of the 8 are under one cap."""
         await bench.restock(count=20)
-        other = field.replace("D1", "D2")
-        plans = {
-            "D1": plan(candidate(cap(shared - 1, field=field, period=period))),
-            "D2": plan(candidate(cap(shared - 1, field=other, period=period))),
-        }
+        made = [plan(candidate(cap(shared - 1, holder=holder, period=period))) for _ in range(plans)]
+        by = {"D1": made[0], "D2": made[-1]}
         batch = [
-            Routed(request(f"{d}-{t}-{i}", distributor=d, terminal=t), plans[d])
+            Routed(request(f"{d}-{t}-{i}", distributor=d, terminal=t), by[d])
             for d in ("D1", "D2") for t in ("T1", "T2") for i in (1, 2)
         ]  # fmt: skip
         words = await bench.words(*batch)
@@ -193,14 +192,14 @@ class ScriptCases:
 
     async def test_quantity_is_cut_to_what_is_left_under_the_least_cap(self, bench: Bench) -> None:
         await bench.restock(count=20)
-        capped = plan(candidate(cap(5), cap(3, field="d:DIST-1"), cap(4, field="t:DIST-1:", period="day")))
+        capped = plan(candidate(cap(5), cap(3, holder="distributor"), cap(4, holder="terminal", period="day")))
         reply = await bench.issue(Routed(request("a", quantity=2), capped), Routed(request("b", quantity=5), capped))
         assert [len(Record.unpack(answer.detail).codes) for answer in reply.answers] == [2, 1]
         assert await bench.words(Routed(request("c"), capped)) == ["NONE"]
 
     async def test_a_request_that_gets_nothing_uses_up_no_cap(self, bench: Bench) -> None:
         await bench.restock(count=2)
-        capped = plan(candidate(cap(2), cap(2, field="d:DIST-1", period="hour")))
+        capped = plan(candidate(cap(2), cap(2, holder="distributor", period="hour")))
         assert await bench.words(Routed(request("a", quantity=2), capped), outbox_max=1) == ["BACKLOG"]
         assert await bench.words(Routed(request("b", quantity=2), capped)) == ["ISSUED"]
 
@@ -612,7 +611,7 @@ class ScriptCases:
             Counter("CAMP", "total", "UTC"): (0, 1 << 52, 1 << 52),
             Counter("CAMP", "day", "UTC"): (end - 86_400, end, end + 86_400),
         }
-        capped = plan(candidate(cap(9), cap(3, field="d:DIST-1", period="day")))
+        capped = plan(candidate(cap(9), cap(3, holder="distributor", period="day")))
         words = await bench.words(Routed(request("a"), capped), Routed(request("b"), capped), bounds=bounds)
         assert words == ["ISSUED", "NONE"]
 

@@ -14,7 +14,8 @@ import msgspec
 from sqlalchemy import ColumnElement, Select, Table, and_, case, func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.catalogue import CapHolder, Period, period_start
+from service.catalogue import Period, period_start
+from service.domain import CapHolder
 from service.store.flush import DOUBLE_ISSUE
 from service.store.generations import CLOSED
 from service.store.schema import (

@@ -17,8 +17,8 @@ from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import zones
-from service.catalogue import CANDIDATES_MAX, Campaign, Cap, CapHolder, Period
-from service.domain import instant
+from service.catalogue import CANDIDATES_MAX, Campaign, Cap, Period
+from service.domain import CapHolder, instant
 from service.errors import Conflict, NotFound
 from service.store.control import TIME_MAX, check_id, lock, require_distributor
 from service.store.schema import (

@@ -37,9 +37,10 @@ PARTING_MAX: Final = 128  # connections over the limit that are told so; past it
 IDLE_GRACE_S: Final = 0.25  # on shutdown: many times what a request needs to get here
 
 # Plain requests' headers that are known by their bytes, so that they are not read again: reading them costs more than
-# deciding the request.  A partner sends a few (its token, some lengths of the body); past the bound all are forgotten.
-HEADS_MAX: Final = 4_096
-HEAD_BYTES_MAX: Final = 1_024  # of one that is remembered: 4 MB at most
+# deciding the request.  A partner sends a few (its token, some lengths of the body), and there may be 10,000 partners;
+# past the bound all are forgotten.
+HEADS_MAX: Final = 32_768
+HEAD_BYTES_MAX: Final = 768  # of one that is remembered: 25 MB at most
 
 _SINGLE: Final = (b"host", b"authorization", b"content-length")
 _VOUCHER_URL: Final = PATH.encode()

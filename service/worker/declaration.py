@@ -15,7 +15,8 @@ import msgspec
 import yaml
 from msgspec import UNSET, Meta, UnsetType
 
-from service.catalogue import CapHolder, Period
+from service.catalogue import Period
+from service.domain import CapHolder
 from service.errors import Fault
 from service.store.campaigns import LIMIT_MAX
 from service.store.control import ID

@@ -13,8 +13,8 @@ import msgspec
 from redis.exceptions import RedisError
 
 from service import keys
-from service.catalogue import Campaign, Catalogue, Route, load, period_bounds
-from service.domain import Unavailable, instant
+from service.catalogue import Campaign, Catalogue, Route, cap_field, load, period_bounds
+from service.domain import Code, Unavailable, instant
 from service.errors import NotFound, RedisUnreachable, StoreUnreachable
 from service.scripts import SET_ASIDE_MAX, Candidate, CountedCap, Generation, Scripts, counter_key
 from service.store import control
@@ -103,9 +103,11 @@ async def explain(
         notes.append("replay records are being restored: a key that is not there is looked up in the ledger first")
     route = catalogue.route(distributor, products)
     state = await read(scripts, seen.open, route.plan.candidates, distributor, terminal, outbox_max)
-    verdicts = decide(route.plan.candidates, state, lambda cap: _counted(scripts, seen.open, cap, terminal, state.now))
+    verdicts = decide(
+        route.plan.candidates, state, lambda cap: _counted(scripts, seen.open, cap, distributor, terminal, state.now)
+    )
     looked = tuple(_looked(catalogue, route, verdicts, distributor, products))
-    if not terminal and any(cap.field.endswith(":") for one in route.plan.candidates for cap in one.caps):
+    if not terminal and any(cap.holder == "terminal" for one in route.plan.candidates for cap in one.caps):
         notes.append("caps per terminal are those of one that got nothing yet; --terminal names another")
     notes += [
         f"{product} is a product of Client API v3: see `voucherd product show {product}`"
@@ -183,7 +185,7 @@ def _stopped_early(
     if 0 < candidate.until <= seen.now:
         return Verdict("after", f"ended at {instant(candidate.until)}", "after")
     full = [
-        f"{_holder(cap)} cap per {cap.counter.period}: {seen.used[counted(cap)]:,} of {cap.limit:,} used"
+        f"{cap.holder} cap per {cap.counter.period}: {seen.used[counted(cap)]:,} of {cap.limit:,} used"
         for cap in candidate.caps
         if seen.used[counted(cap)] >= cap.limit
     ]
@@ -219,10 +221,6 @@ def _from_pool(candidate: Candidate, window: WindowSeen, ahead: _Ahead, room: in
     return Verdict("refilling", f"the window of {pool} {had}, a refill is under way")
 
 
-def _holder(cap: CountedCap) -> str:
-    return {"c": "campaign", "d": "distributor", "t": "terminal"}[cap.field[0]]
-
-
 # --- read --------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +239,9 @@ async def read(
     try:
         now = int((await scripts.redis.time())[0])
         for _ in range(READS_MAX):
-            counted = list(dict.fromkeys(_counted(scripts, generation, cap, terminal, now) for cap in caps))
+            counted = list(
+                dict.fromkeys(_counted(scripts, generation, cap, distributor, terminal, now) for cap in caps)
+            )
             async with scripts.redis.pipeline(transaction=True) as pipe:
                 pipe.time()
                 pipe.hget(keys.totals(p, generation), "codes")
@@ -258,7 +258,7 @@ async def read(
     except RedisError as error:
         raise RedisUnreachable from error
     windows = {
-        pool: WindowSeen(length, tuple(int(code.split("\t", 1)[0]) for code in ahead), at is not None and stock == at)
+        pool: WindowSeen(length, tuple(Code.unpack(code).expires_at for code in ahead), at is not None and stock == at)
         for pool, length, ahead, (stock, at) in zip(
             pools, found[2::3], found[3::3], found[4::3], strict=False
         )
@@ -276,8 +276,10 @@ def _start(cap: CountedCap, now: int) -> int:
     return period_bounds(cap.counter.period, cap.counter.time_zone, now)[0]
 
 
-def _counted(scripts: Scripts, generation: int, cap: CountedCap, terminal: str, now: int) -> tuple[str, str]:
-    field = cap.field + terminal if cap.field.endswith(":") else cap.field
+def _counted(
+    scripts: Scripts, generation: int, cap: CountedCap, distributor: str, terminal: str, now: int
+) -> tuple[str, str]:
+    field = cap_field(cap.holder, distributor) + (terminal if cap.holder == "terminal" else "")
     return counter_key(scripts.partition, generation, cap.counter, _start(cap, now)), field
 
 

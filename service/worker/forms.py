@@ -12,7 +12,8 @@ from typing import Final, cast
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from service.catalogue import Cap, CapHolder, Period
+from service.catalogue import Cap, Period
+from service.domain import CapHolder
 from service.worker.codes_file import expiry
 
 _CAP: Final = re.compile(r"(?:(campaign|distributor|terminal):)?(total|day|hour)=(\d{1,16}|none)", re.ASCII)

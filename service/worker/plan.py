@@ -15,8 +15,8 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from service import zones
-from service.catalogue import Campaign, Cap, CapHolder
-from service.domain import instant
+from service.catalogue import Campaign, Cap
+from service.domain import CapHolder, instant
 from service.errors import Conflict
 from service.store.campaigns import PRIORITY
 from service.worker import forms

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import insert, update
 
 from service import zones
-from service.catalogue import Cap, CapHolder, Period
-from service.domain import Code, Record, Rule
+from service.catalogue import Cap, Period
+from service.domain import CapHolder, Code, Record, Rule
 from service.store import books, campaigns, control, generations, ledger, stock
 from service.store.books import Accounted, OverCap, Quarantined, StockBalance
 from service.store.database import Database

@@ -173,7 +173,7 @@ async def test_no_script_answers_otherwise_than_on_a_real_server(valkey_url: str
     total = Counter("CAMP", "total", "UTC")
     plans = [
         Plan(tuple(
-            Candidate(pool, 10, 0, 0, Rule("CAMP", pool, "CAT", "PAY", 0).pack(), (CountedCap(total, "c", 40),))
+            Candidate(pool, 10, 0, 0, Rule("CAMP", pool, "CAT", "PAY", 0).pack(), (CountedCap(total, "campaign", 40),))
             for pool in pools
         ))
         for pools in (("P",), ("P", "Q"), ())

@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from service.catalogue import period_start
+from service.catalogue import cap_field, period_start
 from service.domain import Code, Record
 from service.scripts import Answer, Count, CountedCap, Routed, connect, counter_key, parse_separated
 from tests.scripting import NOTHING, YEAR_S, Bench, MemoryServer, candidate, cap, own_server, plan, record_of, request
@@ -33,11 +33,13 @@ POOLS: Final = ("P", "Q")
 PLANS: Final = (
     plan(candidate(pool="P")),
     plan(
-        candidate(cap(12), cap(3, field="t:D1:", period="hour"), pool="P"),
+        candidate(cap(12), cap(3, holder="terminal", period="hour"), pool="P"),
         candidate(cap(20, campaign="CAMP-2"), pool="Q", campaign="CAMP-2", least_life_s=900),
     ),
     plan(
-        candidate(cap(5, field="d:D1", period="day", campaign="CAMP-2"), pool="Q", campaign="CAMP-2", least_life_s=900)
+        candidate(
+            cap(5, holder="distributor", period="day", campaign="CAMP-2"), pool="Q", campaign="CAMP-2", least_life_s=900
+        )
     ),
     plan(
         candidate(pool="P", campaign="OVER", until=START - 10),
@@ -269,7 +271,9 @@ class Machine(RuleBasedStateMachine):
     def _counter(self, limit: CountedCap, routed: Routed, now: int) -> tuple[str, str]:
         counter = limit.counter
         start = 0 if counter.period == "total" else period_start(counter.period, counter.time_zone, now)
-        field = limit.field + routed.request.terminal if limit.field.endswith(":") else limit.field
+        field = cap_field(limit.holder, routed.request.distributor)
+        if limit.holder == "terminal":
+            field += routed.request.terminal
         return counter_key(0, 0, counter, start), field
 
     def _used(self, limit: CountedCap, routed: Routed, now: int) -> int:

@@ -23,8 +23,8 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.catalogue import Cap, CapHolder, Period
-from service.domain import Busy, Outcome, Record, Request, Unavailable
+from service.catalogue import Cap, Period
+from service.domain import Busy, CapHolder, Outcome, Record, Request, Unavailable
 from service.errors import Conflict, Fault, ScriptFailed, StoreIsOlder
 from service.issuance import Issuer
 from service.scripts import Scripts

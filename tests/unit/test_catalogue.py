@@ -177,10 +177,10 @@ def test_the_least_of_two_caps_on_one_thing_holds() -> None:
     )  # fmt: skip
     [candidate] = known.route("D", ("PAY",)).plan.candidates
     assert set(candidate.caps) == {
-        CountedCap(Counter("c", "day", "Europe/Rome"), "d:D", 5),
-        CountedCap(Counter("c", "total", "Europe/Rome"), "c", 50),
-        CountedCap(Counter("c", "hour", "Europe/Rome"), "t:D:", 1),
-        CountedCap(Counter("c", "hour", "Europe/Rome"), "d:D", 4),
+        CountedCap(Counter("c", "day", "Europe/Rome"), "distributor", 5),
+        CountedCap(Counter("c", "total", "Europe/Rome"), "campaign", 50),
+        CountedCap(Counter("c", "hour", "Europe/Rome"), "terminal", 1),
+        CountedCap(Counter("c", "hour", "Europe/Rome"), "distributor", 4),
     }
 
 

@@ -15,8 +15,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from service import catalogue, zones
-from service.catalogue import Campaign, Cap, CapHolder, Catalogue, Pool, Snapshot, encode
-from service.domain import Considered, Record, Request, Stop, Unavailable
+from service.catalogue import Campaign, Cap, Catalogue, Pool, Snapshot, encode
+from service.domain import CapHolder, Considered, Record, Request, Stop, Unavailable
 from service.scripts import Routed
 from tests.scripting import YEAR_S, Bench, MemoryServer
 
