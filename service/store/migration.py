@@ -30,8 +30,8 @@ async def migrate(database: Database) -> None:
 
 def _upgrade(connection: Connection) -> None:
     # Importing alembic takes a third of a second, which every command that does not migrate would wait for too.
-    from alembic import command  # noqa: PLC0415
-    from alembic.config import Config  # noqa: PLC0415
+    from alembic import command
+    from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", "service.store:migrations")
