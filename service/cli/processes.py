@@ -6,7 +6,7 @@ import asyncio
 import gc
 import signal
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -17,9 +17,10 @@ from service.cli.console import say
 from service.cli.lock import only_one
 from service.store.database import Database
 from service.store.migration import migrate as migrate_store
-from service.web.serve import Addresses
-from service.web.serve import serve as serve_until_stopped
 from service.worker.runner import work as work_until
+
+if TYPE_CHECKING:
+    from service.web.serve import Addresses
 
 
 def serve(
@@ -36,6 +37,9 @@ def serve(
     data_dir: options.DataDir = None,
 ) -> None:
     """Serve the API, and metrics and health on the ops port, until SIGTERM or Ctrl-C; then drain and end."""
+    # What serves takes a fifth of the time in which all commands are imported, and no other one needs it.
+    from service.web.serve import serve as serve_until_stopped
+
     settings = settings_of(data_dir, port=port, ops_port=ops_port, workers=workers)
     raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce)))
 
