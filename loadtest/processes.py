@@ -6,13 +6,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 START_S_MAX = 60.0
 STOP_S_MAX = 30.0
-LOOK_S = 0.05
+LOOK_S = 0.1  # between two looks at what is waited for
 
 
 def cpu_us(pids: Sequence[int]) -> float:
@@ -27,19 +27,6 @@ def cpu_us(pids: Sequence[int]) -> float:
     return total / 1e3
 
 
-def rss_mb(pid: int) -> float:
-    """Memory of a process that nobody else has, MB."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running(command: Sequence[str], port: int, environment: Mapping[str, str] | None = None) -> Iterator[int]:
     """``command``, which listens on ``port`` meanwhile; its process id.  Raises SystemExit if it does not start."""
@@ -47,24 +34,30 @@ def running(command: Sequence[str], port: int, environment: Mapping[str, str] | 
         command, env=None if environment is None else dict(environment), stdout=subprocess.DEVNULL
     )
     try:
-        wait_for_port(port, process)
+        wait_for(f"an answer on port {port}", lambda: _listens(port, process))
         yield process.pid
     finally:
         process.terminate()
         process.wait(STOP_S_MAX)
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Returns when somebody listens.  Raises SystemExit if the process ended or nobody does in time."""
-    deadline = time.monotonic() + START_S_MAX
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise SystemExit(f"{' '.join(map(str, process.args))[:80]} did not start") from None  # type: ignore[arg-type]
-            time.sleep(LOOK_S)
+def wait_for(what: str, condition: Callable[[], bool], within_s: float = START_S_MAX) -> None:
+    """Returns once ``condition`` holds.  Raises SystemExit, saying ``what`` did not come, if it does not in time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{what} did not come within {within_s:g} s")
+        time.sleep(LOOK_S)
+
+
+def _listens(port: int, process: subprocess.Popen[bytes]) -> bool:
+    if process.poll() is not None:
+        raise SystemExit(f"{process.args!s:.200} ended with exit status {process.returncode}")
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def module(name: str, *arguments: str) -> list[str]:

@@ -382,10 +382,9 @@ class Catalogue:
 _NEVER: Final = 1 << 62  # sorts an open end after every other
 
 
-def cap_field(holder: CapHolder, distributor: str) -> str:
-    """The field of a caps hash that counts for ``holder``, as ``lua/issue.lua`` names it; one that ends with ':' is
-    completed by the terminal."""
-    return {"campaign": "c", "distributor": f"d:{distributor}", "terminal": f"t:{distributor}:"}[holder]
+def cap_field(holder: CapHolder, distributor: str, terminal: str = "") -> str:
+    """The field of a caps hash that counts for ``holder``, as ``lua/issue.lua`` names it."""
+    return {"campaign": "c", "distributor": f"d:{distributor}", "terminal": f"t:{distributor}:{terminal}"}[holder]
 
 
 @lru_cache(maxsize=10_000)

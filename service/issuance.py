@@ -195,10 +195,10 @@ class Issuer:
             await self._work_to_do.wait()
             checks, self._checks = self._checks, []
             batch: list[_Waiting] = []
-            room = BATCH_VOUCHERS_MAX
-            while self._queue and (room := room - self._queue[0].request.quantity) >= 0:
+            vouchers = 0
+            while self._queue and vouchers + self._queue[0].request.quantity <= BATCH_VOUCHERS_MAX:
                 batch.append(self._queue.popleft())
-            vouchers = sum([waiting.request.quantity for waiting in batch])
+                vouchers += batch[-1].request.quantity
             self._queued_vouchers -= vouchers
             metrics.queue.set(self._queued_vouchers)
             if not self._queue:

@@ -122,25 +122,22 @@ def add_commands(app: typer.Typer, noun: Noun, id_name: str) -> None:
             told=lambda left: say(f"caps of {whose}: {forms.caps_told(left)}"),
         )
 
-    @app.command("pause", help=f"Stop a {noun}: when this returns, no request begun later gets a voucher of it.")
-    def pause(id: Id, if_version: IfVersion = None, data_dir: options.DataDir = None) -> None:
+    def set_paused(id: str, paused: bool, if_version: int | None, data_dir: Path | None) -> None:
         _change(
             data_dir,
-            lambda conn, now: campaigns.set_paused(conn, id, True, now, if_version, noun),
-            action=f"{noun} pause",
+            lambda conn, now: campaigns.set_paused(conn, id, paused, now, if_version, noun),
+            action=f"{noun} {'pause' if paused else 'resume'}",
             subject=id,
-            told=lambda _: say(f"{noun} {id} is paused"),
+            told=lambda _: say(f"{noun} {id} {'is paused' if paused else 'goes on'}"),
         )
+
+    @app.command("pause", help=f"Stop a {noun}: when this returns, no request begun later gets a voucher of it.")
+    def pause(id: Id, if_version: IfVersion = None, data_dir: options.DataDir = None) -> None:
+        set_paused(id, True, if_version, data_dir)
 
     @app.command("resume", help=f"Let a paused {noun} go on, at once. One that is over stays over.")
     def resume(id: Id, if_version: IfVersion = None, data_dir: options.DataDir = None) -> None:
-        _change(
-            data_dir,
-            lambda conn, now: campaigns.set_paused(conn, id, False, now, if_version, noun),
-            action=f"{noun} resume",
-            subject=id,
-            told=lambda _: say(f"{noun} {id} goes on"),
-        )
+        set_paused(id, False, if_version, data_dir)
 
     @app.command(
         "end",

@@ -279,7 +279,7 @@ def _start(cap: CountedCap, now: int) -> int:
 def _counted(
     scripts: Scripts, generation: int, cap: CountedCap, distributor: str, terminal: str, now: int
 ) -> tuple[str, str]:
-    field = cap_field(cap.holder, distributor) + (terminal if cap.holder == "terminal" else "")
+    field = cap_field(cap.holder, distributor, terminal)
     return counter_key(scripts.partition, generation, cap.counter, _start(cap, now)), field
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import add
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 import structlog
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys, metrics
 from service.catalogue import cap_field, period_bounds
-from service.domain import Code, Record
+from service.domain import CapHolder, Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
 from service.identity import NO_KEYS, IdKeys
 from service.scripts import Count, Counter, Scripts, counter_key, parse_separated, sequences
@@ -262,11 +262,7 @@ async def _counts(
             if expires_at and expires_at <= now:
                 continue
             key = counter_key(partition, generation, Counter(campaign.id, period, campaign.time_zone), start)
-            fields = (
-                cap_field("campaign", record.distributor),
-                cap_field("distributor", record.distributor),
-                cap_field("terminal", record.distributor) + record.terminal,
-            )
+            fields = [cap_field(holder, record.distributor, record.terminal) for holder in get_args(CapHolder)]
             counts += [Count(key, field, len(record.codes), expires_at) for field in fields]
     return counts
 

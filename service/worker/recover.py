@@ -220,8 +220,7 @@ class Recover:
                     for count in await ledger.counts(conn, campaign.id, max(start, began)):
                         for holder in {holder for holder, of in caps if of == period}:
                             if began == _counted_from(own, count.distributor, holder):
-                                field = cap_field(holder, count.distributor)
-                                used[field + count.terminal if field.endswith(":") else field] += count.codes
+                                used[cap_field(holder, count.distributor, count.terminal)] += count.codes
                 if ("campaign", period) in caps:
                     since = max(start, own[campaign.id, "", "campaign", period])
                     left = [one for one in lost if one.pool == campaign.pool and one.left_at >= since]

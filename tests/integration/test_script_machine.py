@@ -271,9 +271,7 @@ class Machine(RuleBasedStateMachine):
     def _counter(self, limit: CountedCap, routed: Routed, now: int) -> tuple[str, str]:
         counter = limit.counter
         start = 0 if counter.period == "total" else period_start(counter.period, counter.time_zone, now)
-        field = cap_field(limit.holder, routed.request.distributor)
-        if limit.holder == "terminal":
-            field += routed.request.terminal
+        field = cap_field(limit.holder, routed.request.distributor, routed.request.terminal)
         return counter_key(0, 0, counter, start), field
 
     def _used(self, limit: CountedCap, routed: Routed, now: int) -> int:

@@ -145,8 +145,7 @@ class Truth:
         for period in ("total", "day", "hour"):
             start = period_bounds(period, self.zones[campaign], record.issued_at)[0]
             for holder in ("campaign", "distributor", "terminal"):
-                field = cap_field(holder, distributor)
-                field += terminal if holder == "terminal" else ""
+                field = cap_field(holder, distributor, terminal)
                 counter = (campaign, period, start, field)
                 self.used[counter] += len(record.codes)
                 allowed = [
