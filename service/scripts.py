@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
-from hiredis import pack_command
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -43,67 +40,6 @@ NAMES: Final = (
 # Codes set aside by one call: enough that an expired lot of a full window is stepped over within a few hundred
 # calls, few enough that a call stays below a millisecond.
 SET_ASIDE_MAX: Final = 32
-
-# Connections of one process: one for the batch on the wire, one for the bare check, the rest for slow work.
-CONNECTIONS_MAX: Final = 8
-CONNECT_TIMEOUT_S: Final = 0.5
-
-
-def connect(url: str, *, timeout_ms: int) -> Redis:
-    """A client that never retries by itself and never waits without a bound.
-
-    ``timeout_ms`` bounds each wait for a reply.  Commands of this client raise redis-py's errors; the doors
-    below raise RedisUnreachable, RedisFull or ScriptFailed instead.  Raises Misconfigured on an unusable URL.
-    """
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS_MAX,
-            timeout=timeout_ms / 1000,
-            socket_timeout=timeout_ms / 1000,
-            socket_connect_timeout=min(CONNECT_TIMEOUT_S, timeout_ms / 1000),
-            retry=Retry(NoBackoff(), 0),
-            retry_on_error=[],
-            decode_responses=True,
-            encoding_errors="surrogateescape",  # a foreign entry that is not UTF-8 gets parked, it raises nowhere
-            protocol=2,
-            health_check_interval=0,
-        )
-    except ValueError as error:
-        raise Misconfigured(f"VOUCHERD_REDIS_URL: {error}") from None
-    return _Client.from_pool(pool)
-
-
-class _Client(Redis):
-    """redis-py's client with one call made short.
-
-    It encodes arguments one by one and writes them in as many pieces, which for a batch of 64 requests, some 480
-    arguments, took two thirds of the CPU time that issuing took in this process; and it asks the socket whether a
-    connection is still good before each call.  Here one piece goes out on a connection that is kept at hand.
-    """
-
-    at_hand: Any = None
-
-    async def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any:
-        pool: Any = self.connection_pool
-        connection, self.at_hand = self.at_hand, None
-        if connection is None:
-            connection = await pool.get_connection()
-        try:
-            await connection.send_packed_command(
-                [pack_command(("EVALSHA", sha, numkeys, *keys_and_args))], check_health=False
-            )
-            return await connection.read_response()
-        except ResponseError:
-            raise  # a whole reply was read: the connection is in order
-        except BaseException:
-            await connection.disconnect(nowait=True)  # its reply must not be anyone else's
-            raise
-        finally:
-            if self.at_hand is None and connection.is_connected:
-                self.at_hand = connection
-            else:
-                await pool.release(connection)
 
 
 class Script(msgspec.Struct, frozen=True):

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.cli.console import complain
 from service.errors import Misconfigured
-from service.scripts import Scripts, connect
+from service.line import connect
+from service.scripts import Scripts
 from service.settings import Settings, in_data_dir, load
 from service.store.database import STATEMENT_S, Database, check_migrated
 from service.worker.publish import change

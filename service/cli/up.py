@@ -34,6 +34,7 @@ from service.cli.child import Child, end_orphan
 from service.cli.embedded import Embedded, free_port, try_port, write_private
 from service.cli.lock import only_one
 from service.errors import Misconfigured, RedisUnreachable
+from service.line import connect
 from service.settings import PREFIX, Settings, load
 from service.store.database import Database
 from service.store.migration import migrate
@@ -217,7 +218,7 @@ class Up:
         try:
             async with (
                 asyncio.timeout(READY_S),
-                scripts.connect(self._valkey.url, timeout_ms=self._settings.redis_timeout_ms) as redis,
+                connect(self._valkey.url, timeout_ms=self._settings.redis_timeout_ms) as redis,
             ):
                 partition = scripts.Scripts(redis)
                 while not await _is_open(partition):

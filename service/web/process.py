@@ -17,8 +17,9 @@ from service.domain import Record, Request
 from service.errors import StoreUnreachable
 from service.issuance import Issuer
 from service.keyring import Keyring
+from service.line import connect
 from service.logs import where
-from service.scripts import Scripts, connect
+from service.scripts import Scripts
 from service.settings import Settings
 from service.store import ledger
 from service.store.database import Database, check_migrated

@@ -13,7 +13,8 @@ import structlog
 from service import keyring, metrics
 from service.errors import Fault
 from service.identity import NO_KEYS
-from service.scripts import Scripts, connect
+from service.line import connect
+from service.scripts import Scripts
 from service.settings import Settings
 from service.store.database import Database, check_migrated
 from service.worker.flush import BLOCK_MS, ENTRIES_MAX, Flush

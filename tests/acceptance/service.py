@@ -15,7 +15,8 @@ import redis
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import tokens
-from service.scripts import Scripts, connect
+from service.line import connect
+from service.scripts import Scripts
 from service.store import books, campaigns, control, stock
 from service.store.database import Database
 from service.worker.audit import audit

@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.catalogue import Cap, Catalogue, encode, load, period_bounds
 from service.domain import Record, Request, Rule, Terms
 from service.identity import IdKeys
-from service.scripts import Answer, Plan, Routed, Scripts, connect
+from service.line import connect
+from service.scripts import Answer, Plan, Routed, Scripts
 from service.store import campaigns, control
 from service.store.database import Database
 from service.worker.audit import Report, audit

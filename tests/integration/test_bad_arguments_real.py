@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.scripts import connect
+from service.line import connect
 from tests.scripting import Bench, own_server
 from tests.scripting_arguments import BadArguments, Ground, prepare
 from tests.servers import RedisServer

@@ -10,7 +10,8 @@ from sqlalchemy import delete, update
 
 from service import keys
 from service.errors import StoreIsOlder
-from service.scripts import Scripts, connect
+from service.line import connect
+from service.scripts import Scripts
 from service.store import campaigns, schema, stock
 from service.store.database import Database
 from service.store.stock import Row

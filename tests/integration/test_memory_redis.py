@@ -16,7 +16,8 @@ import redis
 from redis.exceptions import NoScriptError, ResponseError
 
 from service.domain import Code, Record, Request, Rule
-from service.scripts import Candidate, CountedCap, Counter, Plan, Routed, Scripts, connect
+from service.line import connect
+from service.scripts import Candidate, CountedCap, Counter, Plan, Routed, Scripts
 from tests.simulation.memory import Client, Command, Server, direct
 
 STEPS = 400

@@ -12,7 +12,8 @@ from sqlalchemy import event
 
 from service import keys
 from service.domain import Record
-from service.scripts import Scripts, connect
+from service.line import connect
+from service.scripts import Scripts
 from service.store.database import Database
 from service.store.stock import Row
 from service.web.v3_reading import READERS_MAX, LedgerReading

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.catalogue import cap_field, period_start
 from service.domain import Code, Record
-from service.scripts import Answer, Count, CountedCap, Routed, connect, counter_key, parse_separated
+from service.line import connect
+from service.scripts import Answer, Count, CountedCap, Routed, counter_key, parse_separated
 from tests.scripting import NOTHING, YEAR_S, Bench, MemoryServer, candidate, cap, own_server, plan, record_of, request
 from tests.servers import RedisServer
 

@@ -10,7 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from service.errors import RedisUnreachable, ScriptFailed
-from service.scripts import Routed, Scripts, connect
+from service.line import connect
+from service.scripts import Routed, Scripts
 from tests.scripting import NO_REPLID, Bench, Produced, own_server, plan, request
 from tests.scripting_cases import ScriptCases
 from tests.servers import RedisServer

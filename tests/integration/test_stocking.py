@@ -11,7 +11,8 @@ from sqlalchemy import select, update
 
 from service import keys
 from service.errors import Conflict, NotFound, RedisUnreachable, StoreIsOlder
-from service.scripts import Scripts, connect
+from service.line import connect
+from service.scripts import Scripts
 from service.store import books, schema
 from service.store.database import Database
 from service.store.stock import Refused

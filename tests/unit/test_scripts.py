@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import pytest
 
 from service.errors import Misconfigured, ReplyMismatch
-from service.scripts import Counter, Routed, connect, load
+from service.line import connect
+from service.scripts import Counter, Routed, load
 from tests.scripting import Bench, MemoryServer, Produced, candidate, cap, plan, request
 from tests.scripting_cases import ScriptCases
 
