@@ -18,7 +18,7 @@
 --   DONE    was applied before; nothing was written
 --   FORKED  then the last lease id: it is neither this one nor the one before.  Nothing was written
 --   LOST    generation or identity do not agree.  Nothing was written
--- Cost: 1 us a code
+-- Cost: 1 to 2 us a code
 
 local open, replid = unpack(redis.call('HMGET', KEYS[1], 'open', 'replid'))
 local present = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
@@ -49,8 +49,8 @@ end
 
 redis.call('HSET', KEYS[4], 'lease', ARGV[2], 'low', string.format('%d', low),
   'stock', string.format('%d', math.max(stock, version)))
-for i = 6, #ARGV do
-  redis.call('RPUSH', KEYS[3], ARGV[i])
+for i = 6, #ARGV, 500 do -- as many at once as Lua's stack takes well
+  redis.call('RPUSH', KEYS[3], unpack(ARGV, i, math.min(i + 499, #ARGV)))
 end
 redis.call('HINCRBY', KEYS[2], 'restocked', #ARGV - 5)
 return {'OK', length + #ARGV - 5}
