@@ -43,6 +43,7 @@ HEADS_MAX: Final = 32_768
 HEAD_BYTES_MAX: Final = 768  # of one that is remembered: 25 MB at most
 
 _SINGLE: Final = (b"host", b"authorization", b"content-length")
+_VERSIONS: Final = ("1.1", "1.0")  # the parser also takes 2.0 and 0.9: a request line without any version
 _VOUCHER_URL: Final = PATH.encode()
 
 
@@ -154,7 +155,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if method == b"CONNECT":
             self._refuse("malformed_request")
             return
-        head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        head = [b"%b %b HTTP/%b\r\n" % (method, self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
             if name == b"connection":
                 value = b", ".join(option for option in value.split(b",") if option.strip().lower() != b"upgrade")
@@ -201,6 +202,10 @@ class BoundedProtocol(HttpToolsProtocol):
             names = [name for name, _ in headers]
             if any(names.count(name) > 1 for name in _SINGLE):
                 raise self._refused("malformed_request")
+        if self.parser.get_http_version() not in _VERSIONS:
+            raise self._refused(
+                "malformed_request"
+            )  # the parser also takes 0.9, whose requests have no headers, and 2.0
         if len(self.pipeline) >= PIPELINE_MAX:
             raise self._refused("overloaded")
         if self.parser.should_upgrade():
@@ -271,7 +276,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
         The same bytes mean the same: the parser, which is between two requests, need not see them.
         """
-        end = data.find(b"\r\n\r\n") + 4
+        end = _end_of_head(data)
         head = self.heads.get(data[:end])
         if head is None or len(data) - end != head.length or self.draining or not self._is_free():
             return False
@@ -285,7 +290,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _remember(self, data: bytes, head: Head) -> None:
         """``data`` was given to the parser between two requests; the last one in it was plain."""
-        end = data.find(b"\r\n\r\n") + 4
+        end = _end_of_head(data)
         if len(data) - end != head.length or end > HEAD_BYTES_MAX or head.key is not None:
             return  # more than this one request, or headers that will not come again
         if len(self.heads) >= HEADS_MAX:
@@ -456,6 +461,11 @@ class _Lingering(asyncio.Transport):
             self._protocol.transport.close()
         else:
             self._protocol._linger()
+
+
+def _end_of_head(data: bytes) -> int:
+    """Where the body begins; short of any request line if it is not in ``data``."""
+    return data.find(b"\r\n\r\n") + 4
 
 
 def bounded(lane: Lane | None = None, *, receive_timeout_ms: int, connections_max: int) -> type[BoundedProtocol]:

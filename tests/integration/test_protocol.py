@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import json
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
-import msgspec
 import pytest
 import uvloop
 
@@ -24,10 +22,10 @@ from service.web.serving import Server, configured
 from service.web.v1 import PATH
 from tests.issuers import DISTRIBUTOR, TOKEN, FakeIssuer
 from tests.servers import wait_until
+from tests.wire import PATIENCE_S, Answer, Client
 
 RECEIVE_TIMEOUT_S = 0.4
 CONNECTIONS_MAX = 40
-PATIENCE_S = 10.0
 
 
 def body(request_id: str = "req-1001") -> bytes:
@@ -55,66 +53,6 @@ def head(
 def request(request_id: str = "req-1001", **given: Any) -> bytes:
     content = body(request_id)
     return head(length=len(content), **given) + content
-
-
-class Answer(msgspec.Struct):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def content(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.body)
-        return content
-
-
-class Client:
-    """One connection, byte by byte."""
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.socket = socket.create_connection(address, timeout=PATIENCE_S)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._received = b""
-
-    def send(self, data: bytes) -> Client:
-        self.socket.sendall(data)
-        return self
-
-    def answer(self, *, bodyless: bool = False) -> Answer:
-        """The next whole answer."""
-        while b"\r\n\r\n" not in self._received:
-            self._more()
-        text, _, rest = self._received.partition(b"\r\n\r\n")
-        status, *lines = text.decode("latin-1").split("\r\n")
-        pairs = [line.split(": ", 1) for line in lines]
-        headers = {name.lower(): value for name, value in pairs}
-        assert len(headers) == len(pairs), "a header was answered twice"
-        length = 0 if bodyless else int(headers["content-length"])
-        while len(rest) < length:
-            self._more()
-            rest = self._received.partition(b"\r\n\r\n")[2]
-        self._received = rest[length:]
-        return Answer(int(status.split(" ")[1]), headers, rest[:length])
-
-    def ended(self) -> bool:
-        """Whether the server ends the connection, with nothing more said before."""
-        try:
-            while data := self.socket.recv(65_536):
-                self._received += data
-        except ConnectionResetError:
-            pass
-        return not self._received
-
-    def _more(self) -> None:
-        data = self.socket.recv(65_536)
-        assert data, f"the connection was dropped after {self._received!r}"
-        self._received += data
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
 
 
 class Running:
@@ -278,7 +216,7 @@ def test_client_that_hangs_up_before_its_answer_holds_no_drain_up() -> None:
         with server.client() as client:
             client.send(request())
             wait_until(lambda: len(server.issuer.asked) == 1, "the request")
-            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no end
+            client.reset()
         wait_until(lambda: not server.server.server_state.connections, "the end of the connection")
     began = time.monotonic()
     server.stop()
