@@ -212,6 +212,8 @@ def show(code: Code, as_json: options.AsJson = False, data_dir: options.DataDir 
             ["distributor", "caps"],
             [(one, forms.caps_told(caps)) for one, caps in sorted(campaign.assigned.items())],
         )
+    else:
+        say(f"Nobody may issue it: `voucherd product assign {code} DISTRIBUTOR`.")
 
 
 rules.add_commands(app, "product", "CODE")

@@ -10,7 +10,7 @@ from typing import Final
 from service.catalogue import Campaign, Catalogue
 from service.catalogue import Product as Sold
 from service.domain import Busy
-from service.errors import RedisUnreachable, StoreUnreachable
+from service.errors import RedisUnreachable, ReplyMismatch, StoreUnreachable
 from service.messages import Product, ProductAnswer, ProductsAnswer
 from service.scripts import Scripts
 from service.store import stock
@@ -82,7 +82,7 @@ class ProductCatalogue:
             return {}
         try:
             return await self._left()
-        except (StoreUnreachable, RedisUnreachable):
+        except (StoreUnreachable, RedisUnreachable, ReplyMismatch):
             return None
 
 
@@ -113,7 +113,8 @@ class Stock:
     async def left(self) -> dict[str, int]:
         """Codes per pool, as of a second ago at most.
 
-        Raises StoreUnreachable, also if a look takes longer than LOOK_PART of the deadline, and RedisUnreachable.
+        Raises StoreUnreachable, also if a look takes longer than LOOK_PART of the deadline, RedisUnreachable,
+        ReplyMismatch.
         """
         if self._look is None or (self._look.done() and self._clock() - self._looked_at >= LOOK_S):
             self._looked_at = self._clock()

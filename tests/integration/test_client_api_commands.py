@@ -125,6 +125,8 @@ def test_a_product_and_a_campaign_can_t_have_one_name(store: OnStage) -> None:
 
 def test_a_change_changes_that_alone_and_nobody_s_change_is_lost(store: OnStage) -> None:
     ok("product", "create", "GIFT", *PLAIN, "--description", "old")
+    told = " ".join(ok("product", "show", "GIFT").stdout.split())
+    assert "Nobody may issue it: `voucherd product assign GIFT DISTRIBUTOR`." in told
     before = shown("product", "show", "GIFT")
     version = before["version"]
     ok("product", "change", "GIFT", "--name", "Other", "--expires", "2030-01-31", "--if-version", str(version))

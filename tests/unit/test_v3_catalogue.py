@@ -13,7 +13,7 @@ import pytest
 
 from service.catalogue import Campaign, Catalogue, Client, Pool, Product, SigningKey, Snapshot, encode, load
 from service.domain import Busy, Terms
-from service.errors import Fault, RedisUnreachable, StoreUnreachable
+from service.errors import Fault, RedisUnreachable, ReplyMismatch, StoreUnreachable
 from service.scripts import Scripts
 from service.store.database import Database
 from service.web.access import Access
@@ -163,7 +163,9 @@ async def test_a_catalogue_that_can_t_be_confirmed_is_not_told() -> None:
     assert error(await products.product(ACCESS, "GIFT")) == (503, "503-B07")
 
 
-@pytest.mark.parametrize(("part", "fault"), [("store", StoreUnreachable()), ("windows", RedisUnreachable())])
+@pytest.mark.parametrize(
+    ("part", "fault"), [("store", StoreUnreachable()), ("windows", RedisUnreachable()), ("windows", ReplyMismatch())]
+)
 async def test_stock_that_can_t_be_looked_at_is_503_and_no_number(part: str, fault: Fault) -> None:
     shop = Shop()
     getattr(shop, part).fault = fault
