@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +14,7 @@ from service.cli import options
 from service.cli.connections import settings_of
 from service.cli.console import say
 from service.cli.lock import only_one
+from service.garbage import collect_rarely
 from service.store.database import Database
 from service.store.migration import migrate as migrate_store
 from service.worker.runner import work as work_until
@@ -44,15 +44,10 @@ def serve(
     raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce)))
 
 
-# New objects before the collector looks at all of them.  A flush makes some hundred thousand that end with it and hold
-# no circles: at the interpreter's 700 a tenth of its time went there (`make bench-flush`).
-GC_THRESHOLD: Final = 50_000
-
-
 def work(data_dir: options.DataDir = None) -> None:
     """Run the background worker: refill windows, write the ledger, recover. Several may run on PostgreSQL."""
     logs.configure()
-    gc.set_threshold(GC_THRESHOLD)
+    collect_rarely()
     settings = settings_of(data_dir)
     database = Database.connect(settings.store_url)
 

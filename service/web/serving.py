@@ -25,6 +25,7 @@ import uvloop
 
 from service import logs, metrics
 from service.errors import Misconfigured
+from service.garbage import collect_rarely
 from service.settings import Settings
 from service.web.app import App
 from service.web.protocol import PARTING_MAX, bounded
@@ -40,9 +41,6 @@ BACKLOG: Final = 2_048  # connections waiting to be accepted: a burst of a tenth
 WATCH_S: Final = 0.05  # between two looks at whether the issuer is ready
 FLUSH_S: Final = 0.5  # between two additions of what was counted to the metrics
 SETTINGS_LINE_MAX: Final = 65_536  # bytes
-# Allocations between two collections of the youngest generation.  A request leaves no cycles behind, so the
-# collector finds next to nothing; at the default of 700 it ran every dozen requests.
-GC_THRESHOLD: Final = 50_000
 
 TEMPORARY_PREFIX: Final = "voucherd-metrics-"  # of a directory for metrics that goes with the parent
 
@@ -181,7 +179,7 @@ def main(arguments: list[str], build: Build) -> int:
     listening, controlling = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to drain
     logs.configure()
-    gc.set_threshold(GC_THRESHOLD)
+    collect_rarely()
     control = socket.socket(fileno=controlling)
     settings = msgspec.json.decode(_line(control), type=Settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
