@@ -95,6 +95,10 @@ store_older = Gauge(
     "voucherd_store_older", "1 while the store is older than Redis and leasing is stopped; should stay 0",
     ["partition"], multiprocess_mode="livemax",
 )  # fmt: skip
+unsafe_settings = Gauge(
+    "voucherd_unsafe_settings", "1 while a check of Redis or the store is neither passed nor accepted; should stay 0",
+    ["check"], multiprocess_mode="livemax",
+)  # fmt: skip
 step_faults = Counter(
     "voucherd_step_faults", "Steps of the worker's loops that failed, by loop and fault", ["loop", "fault"]
 )

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import msgspec
 
+from service.checks import CHECKS, unknown_names
 from service.errors import Misconfigured
 
 PREFIX = "VOUCHERD_"
@@ -67,6 +68,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """longest time a client may take to send one whole request"""
     drain_s: Annotated[int, msgspec.Meta(ge=1, le=300)] = 10
     """longest wait for requests in flight when stopping"""
+    production: bool = False
+    """`true`: do not start on dangerous settings of Redis or the store (docs/operations.md)"""
+    accept: str = ""
+    """checks that need not be passed, by name with commas between them, such as `version,replicas`"""
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """The names in ``accept``."""
+        return frozenset(name.strip() for name in self.accept.split(",") if name.strip())
 
     @property
     def outbox_max(self) -> int:
@@ -83,6 +93,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """These settings, if they agree with each other.  Raises Misconfigured, naming the variable."""
         if self.redis_timeout_ms >= self.deadline_ms:
             raise Misconfigured(f"{PREFIX}REDIS_TIMEOUT_MS must be below {PREFIX}DEADLINE_MS ({self.deadline_ms})")
+        if unknown := unknown_names(self.accepted):
+            raise Misconfigured(
+                f"{PREFIX}ACCEPT names no check by {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}"
+            )
         if self.replay_retention_s < 2 * self.store_outage_s:
             raise Misconfigured(
                 f"{PREFIX}REPLAY_RETENTION_S must be at least twice {PREFIX}STORE_OUTAGE_S ({self.store_outage_s}): "

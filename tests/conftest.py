@@ -138,12 +138,13 @@ def redis7_url(_redis7: RedisServer, request: pytest.FixtureRequest) -> Iterator
 
 
 @pytest.fixture
-def new_valkey(servers_dir: Path) -> Iterator[Callable[[], RedisServer]]:
-    """Makes servers that one test may kill, stop and restart; not yet started."""
+def new_valkey(servers_dir: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Makes servers that one test may kill, stop and restart, with options if any are given; not yet started."""
     made: list[RedisServer] = []
 
-    def make() -> RedisServer:
-        server = RedisServer(get_binary_path(), Path(tempfile.mkdtemp(dir=servers_dir)))
+    def make(**options: str) -> RedisServer:
+        named = {name.replace("_", "-"): value for name, value in options.items()}
+        server = RedisServer(get_binary_path(), Path(tempfile.mkdtemp(dir=servers_dir)), named)
         made.append(server)
         return server
 
@@ -167,12 +168,12 @@ def postgres(_postgres_binaries: Path, servers_dir: Path) -> Iterator[PostgresSe
 
 
 @pytest.fixture
-def new_postgres(_postgres_binaries: Path, servers_dir: Path) -> Iterator[Callable[[], PostgresServer]]:
-    """Makes servers that one test may kill, stop and restart; not yet started."""
+def new_postgres(_postgres_binaries: Path, servers_dir: Path) -> Iterator[Callable[..., PostgresServer]]:
+    """Makes servers that one test may kill, stop and restart, with options if any are given; not yet started."""
     made: list[PostgresServer] = []
 
-    def make() -> PostgresServer:
-        server = PostgresServer(_postgres_binaries, Path(tempfile.mkdtemp(dir=servers_dir)))
+    def make(**options: str) -> PostgresServer:
+        server = PostgresServer(_postgres_binaries, Path(tempfile.mkdtemp(dir=servers_dir)), **options)
         made.append(server)
         return server
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -39,7 +39,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
 class RedisServer:
     """One Valkey or Redis with its own data directory; can be killed, stopped and started again on its data."""
 
-    def __init__(self, binary: Path, directory: Path) -> None:
+    def __init__(self, binary: Path, directory: Path, options: Mapping[str, str] | None = None) -> None:
+        """``options`` of the server go before those of the tests."""
+        self.options = dict(options or {})
         self.binary = binary
         self.directory = directory
         self.port = free_port()
@@ -61,6 +63,7 @@ class RedisServer:
             "maxmemory-policy": "noeviction",
             "save": "",
             "logfile": str(self.directory / "log"),
+            **self.options,
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
         self.process = subprocess.Popen([str(self.binary), *arguments], stdin=subprocess.DEVNULL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from service.cli.lock import only_one
 from service.garbage import collect_rarely
 from service.store.database import Database
 from service.store.migration import migrate as migrate_store
+from service.vetting import until_vetted
 from service.worker.runner import work as work_until
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def serve(
     from service.web.serve import serve as serve_until_stopped
 
     settings = settings_of(data_dir, port=port, ops_port=ops_port, workers=workers)
-    raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce)))
+    vetted = partial(until_vetted, settings)
+    raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce, vetted=vetted)))
 
 
 def work(data_dir: options.DataDir = None) -> None:

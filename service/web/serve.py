@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +48,8 @@ STEADY_S: Final = 30.0  # after so long the next failure is a new one
 # Seconds that a process gets beyond drain_s to close its connections to Redis and the store; then it is killed.
 DRAIN_MARGIN_S: Final = 2.0
 
+VET_S: Final = 3.0  # Redis and the store are waited for so long before the port is opened; then they are away
+
 OPS_CONNECTIONS_MAX: Final = 64  # a scraper, a probe, an operator
 OPS_SHUTDOWN_S: Final = 1  # seconds for a scrape under way
 
@@ -60,22 +62,30 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 Announce = Callable[[Addresses], None]
+Vetted = Callable[[], Coroutine[None, None, None]]
 
 
-async def serve(settings: Settings, *, announce: Announce, command: Sequence[str] = COMMAND) -> int:
+async def serve(
+    settings: Settings, *, announce: Announce, command: Sequence[str] = COMMAND, vetted: Vetted | None = None
+) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status: 0, or 1 if a process had to be killed to end.
 
     ``announce`` is told once where the ports are, when both take connections; requests are answered as soon as a
-    process has started.  ``command`` starts one process, given its two descriptors as arguments.  Raises
-    Misconfigured if a port can't be had, or if a process says, before any was ready, that it can't work with these
-    settings.
+    process has started.  ``command`` starts one process, given its two descriptors as arguments.  ``vetted`` returns
+    when Redis and the store were found to be as they must be, and raises Misconfigured if they are not: at the start,
+    or later if they did not answer then.  Raises Misconfigured besides if a port can't be had, or if a process says,
+    before any was ready, that it can't work with these settings.
     """
     logs.configure()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    vetting = asyncio.create_task(_nothing() if vetted is None else vetted())
     try:
+        await asyncio.wait([vetting], timeout=VET_S)
+        if vetting.done():
+            vetting.result()
         with (
             _listening(settings.host, settings.port, "VOUCHERD_PORT") as public,
             _listening(settings.ops_host, settings.ops_port, "VOUCHERD_OPS_PORT") as ops_socket,
@@ -85,10 +95,14 @@ async def serve(settings: Settings, *, announce: Announce, command: Sequence[str
             app = ops(directory, supervisor.metrics, supervisor.readiness)
             async with _serving(app, ops_socket, settings):
                 announce(Addresses(_address(public), _address(ops_socket)))
-                return await supervisor.run(stop)
+                return await supervisor.run(stop, vetting)
     finally:
+        vetting.cancel()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+async def _nothing() -> None: ...
 
 
 class Supervisor:
@@ -105,17 +119,20 @@ class Supervisor:
         self._was_ready = False
         self._killed = 0
 
-    async def run(self, stop: asyncio.Event) -> int:
-        """Returns the exit status once ``stop`` is set and every process has ended.  Raises Misconfigured."""
+    async def run(self, stop: asyncio.Event, vetting: asyncio.Task[None]) -> int:
+        """Returns the exit status once ``stop`` is set and every process has ended.  Raises Misconfigured, also if
+        ``vetting`` does."""
         keepers = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
         stopped = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([stopped, vetting, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            if vetting.done() and vetting.exception() is None:
+                await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
             await self._drain(keepers)
-        for keeper in keepers:
-            keeper.result()
+        for ended in (*keepers, *([vetting] if vetting.done() else [])):
+            ended.result()
         return 1 if self._killed else 0
 
     def readiness(self) -> Readiness:

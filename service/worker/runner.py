@@ -11,12 +11,13 @@ from typing import Final
 import structlog
 
 from service import keyring, metrics
-from service.errors import Fault
+from service.errors import Fault, Misconfigured
 from service.identity import NO_KEYS
 from service.line import connect
 from service.scripts import Scripts
 from service.settings import Settings
 from service.store.database import Database, check_migrated
+from service.vetting import Vetting
 from service.worker.flush import BLOCK_MS, ENTRIES_MAX, Flush
 from service.worker.generating import Fill
 from service.worker.publish import republish_once
@@ -37,6 +38,7 @@ DEMAND_S: Final = 0.5
 FILL_S: Final = 0.5
 CLEAN_S: Final = 5.0
 WATCH_S: Final = 10.0
+VET_S: Final = 60.0  # settings of servers change by hand
 
 # A roll counts the ledger under caps, which on a large one takes longer than any statement of every day may.
 RECOVERY_STATEMENT_S: Final = 300.0
@@ -49,8 +51,9 @@ FAULT_PAUSE_S_MAX: Final = 2.0
 async def work(settings: Settings, stop: asyncio.Event) -> None:
     """Works until ``stop`` is set; then what is in the outbox is flushed, as far as store and Redis answer.
 
-    With the store or Redis away it keeps trying.  Raises Misconfigured if the schema is not this version's, or if there
-    is no usable secrets file where the settings name one.
+    With the store or Redis away it keeps trying.  Raises Misconfigured if the schema is not this version's, if there is
+    no usable secrets file where the settings name one, or in production mode if a server is not as it must be: at
+    once, or when both servers have answered.
     """
     secrets = keyring.named(settings.secrets_file)
     database = Database.connect(settings.store_url)
@@ -70,10 +73,10 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         refill = Refill(
             database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s, fill=fill
         )
-        watch = Watch(
-            database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max,
-            retention_s=settings.replay_retention_s,
-        )  # fmt: skip
+        watch = Watch(database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max)
+        vetting = Vetting(database, scripts, settings)
+        await vetting.run_once()
+        refused: list[Misconfigured] = []
 
         async def flush_step() -> bool:
             return (await flush.run_once(block_ms=BLOCK_MS)).entries >= ENTRIES_MAX
@@ -81,6 +84,13 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         async def refill_step() -> bool:
             await refill.demanded(wait_s=DEMAND_S)
             return (await refill.run_once()).codes > 0
+
+        async def vet_step() -> None:
+            try:
+                await vetting.run_once()
+            except Misconfigured as fault:  # a server that did not answer at the start does now
+                refused.append(fault)
+                stop.set()
 
         loops = {
             "recover": _loop("recover", recover.run_once, RECOVER_S, stop),
@@ -90,6 +100,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
             "publish": _loop("publish", lambda: republish_once(database, scripts), PUBLISH_S, stop),
             "clean": _loop("clean", recover.clean_once, CLEAN_S, stop),
             "watch": _loop("watch", watch.run_once, WATCH_S, stop),
+            "vet": _loop("vet", vet_step, VET_S, stop, first=False),
         }
         tasks = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
         log.info("working")
@@ -99,14 +110,21 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         await _last_flush(scripts, flush)
         log.info("stopped")
+        for fault in refused:
+            raise fault
     finally:
         await redis.aclose()
         await patient.close()
         await database.close()
 
 
-async def _loop(name: str, step: Callable[[], Awaitable[object]], pause_s: float, stop: asyncio.Event) -> None:
+async def _loop(
+    name: str, step: Callable[[], Awaitable[object]], pause_s: float, stop: asyncio.Event, *, first: bool = True
+) -> None:
+    """``first``: the first step is made at once, and not after the first pause."""
     fault_pause_s = FAULT_PAUSE_S_MIN
+    if not first:
+        await asyncio.sleep(pause_s)
     # Cancelling is not enough: before Python 3.12 asyncio.wait_for, which redis-py waits with, may swallow it.
     while not stop.is_set():
         try:

@@ -10,12 +10,14 @@ import msgspec
 from redis.exceptions import RedisError
 
 from service import catalogue, keys
+from service.checks import Finding
 from service.errors import RedisUnreachable, StoreIsOlder, StoreUnreachable
 from service.scripts import Books, Generation, Scripts
 from service.settings import Settings
 from service.store import books, control, inspection, ledger, stock
 from service.store.database import Database
 from service.store.inspection import Incident
+from service.vetting import look
 from service.worker.currency import refuse_older
 from service.worker.watch import outage_lasts_s, outbox_age_s
 
@@ -59,8 +61,9 @@ class PartitionStatus(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """``partition`` is None while Redis is away, ``catalogue`` while the store is.  ``wrong``: one line each on what
-    needs somebody's attention."""
+    """``partition`` is None while Redis is away, ``catalogue`` while the store is.  ``checks``: settings of the two
+    that are not as they must be, or can't be read.  ``wrong``: one line each on what needs somebody's attention; those
+    of ``checks`` that nobody has accepted are among them."""
 
     partition: PartitionStatus | None
     catalogue: int | None
@@ -71,6 +74,7 @@ class Status(msgspec.Struct, frozen=True):
     parked: int
     newest_incidents: list[Incident]
     quarantined: int
+    checks: list[Finding]
     wrong: list[str]
 
 
@@ -103,6 +107,8 @@ async def status(
             wrong.append(f"{fault}; leasing, importing and publishing have stopped")
         except (RedisUnreachable, StoreUnreachable):
             wrong.append("whether the store is up to date could not be told")
+    checks = (await look(database, scripts, settings)).findings
+    wrong += [f"{one.text} (check {one.check})" for one in checks if not one.accepted]
     return Status(
         partition=partition,
         catalogue=kept.version if kept is not None else None,
@@ -113,6 +119,7 @@ async def status(
         parked=kept.parked if kept is not None else 0,
         newest_incidents=kept.newest if kept is not None else [],
         quarantined=sum(kept.quarantined.values()) if kept is not None else 0,
+        checks=list(checks),
         wrong=wrong,
     )
 

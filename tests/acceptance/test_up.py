@@ -184,7 +184,7 @@ class First(NamedTuple):
 def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     data_dir = tmp_path_factory.mktemp("first") / "var"
     with starting() as start:
-        running = start(data_dir).ready()
+        running = start(data_dir, VOUCHERD_PRODUCTION="true").ready()
         answer = running.post()
         assert answer.status_code == 200, answer.text
         assert running.stop() == 0, running.text
@@ -288,6 +288,14 @@ def test_ledger_shows_the_voucher_and_the_books_balance(second: Running, first: 
 
     assert until(shown, "the voucher in the ledger").returncode == 0
     assert_books_balance(second)
+
+
+def test_the_embedded_servers_pass_every_check(first: First, second: Running) -> None:
+    """The first start was one in production mode; it issued."""
+    assert first.answer
+    status = second.command("status", "--json")
+    assert json.loads(status.stdout)["checks"] == []
+    assert status.returncode == 0, status.stdout
 
 
 def test_a_second_up_on_the_same_data_is_one_clear_line(start: Start, second: Running) -> None:

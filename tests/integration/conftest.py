@@ -112,6 +112,7 @@ def store(store_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> O
         monkeypatch.delenv(name)
     monkeypatch.setenv("VOUCHERD_STORE_URL", store_url)
     monkeypatch.setenv("VOUCHERD_REDIS_URL", valkey_url)
+    monkeypatch.setenv("VOUCHERD_ACCEPT", "fsync")  # of tests/servers.py: they kill servers, they don't cut the power
 
     async def on_stage(step: Callable[[Stage], Any]) -> Any:
         database = Database.connect(store_url)

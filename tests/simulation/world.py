@@ -366,8 +366,7 @@ class World:
         recover = self._recover(database, scripts, flush)
         refill = self._refill(process)
         watch = Watch(
-            database, scripts, planned_rate=1, outbox_max=self.outbox_max, retention_s=self.retention_s,
-            now=self.scheduler.unix,
+            database, scripts, planned_rate=1, outbox_max=self.outbox_max, now=self.scheduler.unix,
         )  # fmt: skip
 
         async def refill_step() -> object:
@@ -375,11 +374,10 @@ class World:
             return await refill.run_once()
 
         async def watch_step() -> None:
-            seen = await watch.run_once()
-            if seen.store_older:
+            if older := await watch.run_once():
                 self.counts["store older noticed"] += 1
                 if not self.is_older:
-                    self.truth.broken("watch", f"the store is called older and is not: {seen.store_older}")
+                    self.truth.broken("watch", f"the store is called older and is not: {older}")
 
         for step, least, most in (
             (recover.run_once, 0.1 * self.recovery, 0.8 * self.recovery), (flush.run_once, 0.05, 0.8),

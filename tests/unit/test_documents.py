@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from typer.main import get_command
 
-from service import metrics, settings
+from service import checks, metrics, settings
 from service.cli.main import app
 from service.web import postman
 from service.web.problems import PROBLEMS
@@ -79,6 +79,13 @@ def test_the_readme_names_no_command_option_or_make_target_that_does_not_exist()
 def test_every_metric_is_documented_and_no_other() -> None:
     listed = rows((ROOT / "docs" / "metrics.md").read_text(), "metric")
     assert sorted(listed) == sorted([name, kind, help_] for name, kind, help_ in metrics.declared())
+
+
+def test_every_check_is_documented_and_no_other() -> None:
+    listed = rows((ROOT / "docs" / "operations.md").read_text(), "check")
+    assert listed == [
+        [one.name, one.server, one.reads, one.why, one.do.replace("`", "")] for one in checks.CHECKS.values()
+    ]
 
 
 def test_every_code_of_the_error_table_is_in_the_integration_guide_of_the_readme_or_the_contract() -> None:

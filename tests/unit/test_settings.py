@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from service.checks import CHECKS
 from service.errors import Misconfigured
 from service.settings import PREFIX, Settings, in_data_dir, load
 
@@ -40,8 +41,25 @@ def environment(**values: object) -> dict[str, str]:
 
 
 def test_every_number_has_a_bound() -> None:
-    numbers = {field.name for field in msgspec.structs.fields(Settings) if isinstance(field.default, int)}
+    numbers = {field.name for field in msgspec.structs.fields(Settings) if type(field.default) is int}
     assert numbers == set(BOUNDS)
+
+
+def test_exceptions_are_named_by_checks_alone() -> None:
+    assert load({}).accepted == frozenset()
+    assert load(environment(accept="version, appendfsync,")).accepted == {"version", "appendfsync"}
+    with pytest.raises(Misconfigured) as refused:
+        load(environment(accept="appendfsync,fsnyc"))
+    assert "VOUCHERD_ACCEPT" in str(refused.value)
+    assert "'fsnyc'" in str(refused.value)
+    assert all(name in str(refused.value) for name in CHECKS), "the list of those that are"
+
+
+@pytest.mark.parametrize(("said", "means"), [("true", True), ("1", True), ("false", False), ("0", False)])
+def test_production_is_said_in_a_word(said: str, means: bool) -> None:
+    assert load(environment(production=said)).production is means
+    with pytest.raises(Misconfigured, match="VOUCHERD_PRODUCTION"):
+        load(environment(production="perhaps"))
 
 
 def test_defaults_agree_with_each_other() -> None:
