@@ -13,11 +13,12 @@ import msgspec
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.cli import options
 from service.cli.console import complain
 from service.errors import Misconfigured
 from service.line import connect
 from service.scripts import Scripts
-from service.settings import Settings, in_data_dir, load
+from service.settings import Settings
 from service.store.database import STATEMENT_S, Database, check_migrated
 from service.worker.publish import change
 
@@ -32,14 +33,6 @@ class Connected(msgspec.Struct, frozen=True):
     scripts: Scripts
 
 
-def settings_of(data_dir: Path | None, **overrides: object) -> Settings:
-    """The settings of the environment, pointed at the servers in ``data_dir`` if one is given.
-
-    Raises Misconfigured.
-    """
-    return load(None, **{**(in_data_dir(data_dir) if data_dir is not None else {}), **overrides})
-
-
 @asynccontextmanager
 async def connected(
     data_dir: Path | None, *, statement_s: float = STATEMENT_S, store_may_be_away: bool = False
@@ -49,7 +42,7 @@ async def connected(
     Raises Misconfigured if there is no store yet or its schema is not this version's; with ``store_may_be_away`` that
     is left to whoever reads.  ``statement_s`` bounds one statement of the store.
     """
-    settings = settings_of(data_dir)
+    settings = options.settings_of(data_dir)
     database = Database.connect(settings.store_url, statement_s=statement_s)
     redis = connect(settings.redis_url, timeout_ms=settings.redis_timeout_ms)
     try:

@@ -7,36 +7,63 @@ a command that was typed wrong exits with 2.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-import structlog
 import typer
-from redis.exceptions import RedisError
-from sqlalchemy.exc import SQLAlchemyError
-from typer.core import TyperGroup
 
-from service.cli import (
-    books,
-    campaigns,
-    clients,
-    codes,
-    distributors,
-    explain,
-    keys,
-    ledger,
-    pools,
-    processes,
-    products,
-    tokens,
-    vouchers,
-)
-from service.cli.apply import apply
 from service.cli.console import complain
-from service.cli.status import status
-from service.cli.up import up
+from service.cli.lazy import LazyGroup, Listed
 from service.errors import Fault, RedisFull, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
+
+# The order is that of `voucherd --help`.
+COMMANDS: Final = {
+    "up": Listed(
+        "service.cli.up:up",
+        "Start everything on this machine: an embedded Valkey and SQLite, the API, the worker, and demo data.",
+    ),
+    "serve": Listed(
+        "service.cli.serve:serve",
+        "Serve the API, and metrics and health on the ops port, until SIGTERM or Ctrl-C; then drain and end.",
+    ),
+    "work": Listed(
+        "service.cli.work:work",
+        "Run the background worker: refill windows, write the ledger, recover. Several may run on PostgreSQL.",
+    ),
+    "migrate": Listed(
+        "service.cli.migrate:migrate",
+        "Bring the store's schema to this version, from any older one or from nothing. May be repeated.",
+    ),
+    "apply": Listed(
+        "service.cli.apply:apply",
+        "Make pools, distributors and campaigns as a file says: the plan is shown, then all is put in force at once.",
+    ),
+    "explain": Listed(
+        "service.cli.explain:explain", "Say which campaign would win a request now, and what stops every other one."
+    ),
+    "audit": Listed(
+        "service.cli.books:audit",
+        "Check that the books balance: no code given twice or lost, no key answered twice, no cap exceeded.",
+    ),
+    "status": Listed(
+        "service.cli.status:status",
+        "Show stock, windows, burn rate, time to empty, outbox, fence, incidents, and how long the store may be away.",
+    ),
+    "distributor": Listed(
+        "service.cli.distributors:app", "Distributors: the partners whose terminals ask for vouchers."
+    ),
+    "token": Listed("service.cli.tokens:app", "Tokens: what lets a distributor in."),
+    "product": Listed("service.cli.products:app", "Products: what Client API v3 sells."),
+    "client": Listed("service.cli.clients:app", "Clients: who may use Client API v3."),
+    "keys": Listed("service.cli.keys:app", "Keys: the secrets file, and what access tokens are signed with."),
+    "pool": Listed("service.cli.pools:app", "Pools: where codes are kept."),
+    "campaign": Listed("service.cli.campaigns:app", "Campaigns: rules that turn what a terminal sold into a voucher."),
+    "codes": Listed("service.cli.codes:app", "Codes: stock comes in."),
+    "voucher": Listed("service.cli.vouchers:app", "Vouchers of Client API v3: what became of them."),
+    "ledger": Listed("service.cli.ledger:app", "The ledger: what was issued, for good."),
+}
 
 # What to do about a fault whose message does not say it.
 ADVICE: Final[dict[type[Fault], str]] = {
@@ -48,9 +75,13 @@ ADVICE: Final[dict[type[Fault], str]] = {
     ScriptFailed: "see that all processes are of the same version; nothing else writes into this Redis",
 }
 
+NO_TEXT: Final = "what was typed is not text in UTF-8, and nothing can be called so"
 
-class Commands(TyperGroup):
+
+class Commands(LazyGroup):
     """The boundary of every command: no fault leaves it as a traceback."""
+
+    listed = COMMANDS
 
     def make_context(self, *arguments: Any, **named: Any) -> Any:
         with _faults_in_a_line():  # --install-completion writes into the home directory here
@@ -68,16 +99,22 @@ def _faults_in_a_line() -> Iterator[None]:
     except Fault as fault:
         advice = next((text for kind, text in ADVICE.items() if isinstance(fault, kind)), "")
         _end(f"{str(fault).rstrip('.')}{'; ' if advice else ''}{advice}")
-    except RedisError as error:  # by its type alone: a message may quote what was sent
+    except _of("redis.exceptions", "RedisError") as error:  # by its type alone: a message may quote what was sent
         _end(f"Redis refused or did not answer ({type(error).__name__}): {ADVICE[RedisUnreachable]}")
-    except (UnicodeEncodeError, SQLAlchemyError) as error:
-        if _was_no_text(error):
-            _end("what was typed is not text in UTF-8, and nothing can be called so")
-        if isinstance(error, UnicodeEncodeError):
+    except _of("sqlalchemy.exc", "SQLAlchemyError") as error:
+        what = f"the store refused a statement ({type(error).__name__}): {ADVICE[StoreUnreachable]}"
+        _end(NO_TEXT if _was_no_text(error) else what)
+    except UnicodeEncodeError as error:
+        if not _was_no_text(error):
             raise
-        _end(f"the store refused a statement ({type(error).__name__}): {ADVICE[StoreUnreachable]}")
+        _end(NO_TEXT)
     except OSError as error:
         _end(f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}")
+
+
+def _of(module: str, name: str) -> tuple[type[Exception], ...]:
+    """The errors of a library, none if nobody has imported it: then it can't have raised any."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
 def _was_no_text(error: BaseException | None) -> bool:
@@ -105,28 +142,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(up)
-app.command()(processes.serve)
-app.command()(processes.work)
-app.command()(processes.migrate)
-app.add_typer(distributors.app, name="distributor")
-app.add_typer(tokens.app, name="token")
-app.add_typer(products.app, name="product")
-app.add_typer(clients.app, name="client")
-app.add_typer(keys.app, name="keys")
-app.add_typer(pools.app, name="pool")
-app.add_typer(campaigns.app, name="campaign")
-app.add_typer(codes.app, name="codes")
-app.add_typer(vouchers.app, name="voucher")
-app.add_typer(ledger.app, name="ledger")
-app.command()(apply)
-app.command()(explain.explain)
-app.command()(books.audit)
-app.command()(status)
 
 
 @app.callback()
 def begin() -> None:
+    import structlog  # a tenth of what a command imports, and `voucherd --help` has nothing to keep quiet
+
     # A command says what it has to say itself; processes turn their log on.
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     logging.basicConfig(handlers=[logging.NullHandler()])  # a library's traceback may quote what it was sent

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is said of one that was typed wrong."""
+"""Options that several commands share, the settings they lead to, and what is said of one that was typed wrong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+
+from service.settings import Settings, in_data_dir, load
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,6 +23,14 @@ DataDir = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def settings_of(data_dir: Path | None, **overrides: object) -> Settings:
+    """The settings of the environment, pointed at the servers in ``data_dir`` if one is given.
+
+    Raises Misconfigured.
+    """
+    return load(None, **{**(in_data_dir(data_dir) if data_dir is not None else {}), **overrides})
 
 
 def id_of(noun: str, name: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from alembic import command
+from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from service.store.database import Database
@@ -29,10 +31,6 @@ async def migrate(database: Database) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    # Importing alembic takes a third of a second, which every command that does not migrate would wait for too.
-    from alembic import command
-    from alembic.config import Config
-
     config = Config()
     config.set_main_option("script_location", "service.store:migrations")
     config.attributes["connection"] = connection

@@ -1,0 +1,36 @@
+"""``voucherd work``."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+from service import logs
+from service.cli import options
+from service.cli.lock import only_one
+from service.garbage import collect_rarely
+from service.store.database import Database
+from service.worker.runner import work as work_until
+
+
+def work(data_dir: options.DataDir = None) -> None:
+    """Run the background worker: refill windows, write the ledger, recover. Several may run on PostgreSQL."""
+    logs.configure()
+    collect_rarely()
+    settings = options.settings_of(data_dir)
+    database = Database.connect(settings.store_url)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await work_until(settings, stop)
+
+    if not database.is_sqlite:
+        asyncio.run(run())
+        return
+    store = Path(str(database.url.database))
+    taken = f"another `voucherd work` (pid {{pid}}) runs on {store}: one is enough, and several need PostgreSQL"
+    with only_one(Path(f"{store}.worker"), taken):
+        asyncio.run(run())
