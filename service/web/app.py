@@ -14,19 +14,15 @@ from functools import partial
 from time import perf_counter
 from typing import Protocol
 
-import structlog
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service import metrics
 from service.domain import Outcome
 from service.domain import Request as Asked
-from service.logs import where
-from service.web.problems import Answer, method_not_allowed, problem
+from service.web.defects import note_defect, problems_only
+from service.web.problems import Answer, problem
 from service.web.v1 import PATH, Head, Issuing, VoucherRequests, plain, plain_head, told
 from service.web.v3 import PREFIX, ClientApi
 
@@ -125,42 +121,3 @@ class App:
         yield
         await self._issuer.drain()
         self.flush_tallies()
-
-
-def problems_only(starlette: Starlette) -> ASGIApp:
-    """An application that answers as ``starlette`` does, except that every refusal and failure is problem+json."""
-    starlette.router.redirect_slashes = False
-    starlette.add_exception_handler(HTTPException, _refused)
-    starlette.add_exception_handler(Exception, _failed)
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        # Starlette raises again what _failed has answered and logged, for servers that would log its text.
-        with contextlib.suppress(*([Exception] if scope["type"] == "http" else [])):
-            await starlette(scope, receive, send)
-
-    return app
-
-
-def note_defect(fault: Exception, path: str) -> None:
-    """The log says what and where it was, without the text of it; so does a metric that it was."""
-    metrics.defects.inc()
-    structlog.get_logger(__name__).error("defect", path=path, **where(fault))
-
-
-def response(answer: Answer) -> Response:
-    """``answer`` as Starlette sends it."""
-    sent = Response(answer.body, status_code=answer.status)
-    sent.raw_headers = list(answer.headers)
-    return sent
-
-
-async def _failed(request: Request, fault: Exception) -> Response:
-    note_defect(fault, request.url.path)
-    return response(problem("internal"))
-
-
-async def _refused(_: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, HTTPException)  # registered for nothing else
-    if refusal.status_code == 405:
-        return response(method_not_allowed((refusal.headers or {}).get("Allow", "")))
-    return response(problem("not_found"))

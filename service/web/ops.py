@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from service.metrics import Supervision, exposition
-from service.web.app import problems_only
+from service.web.defects import problems_only
 
 
 class Readiness(msgspec.Struct):

@@ -16,7 +16,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 import structlog
@@ -27,8 +27,10 @@ from service import logs, metrics
 from service.errors import Misconfigured
 from service.garbage import collect_rarely
 from service.settings import Settings
-from service.web.app import App
 from service.web.protocol import PARTING_MAX, bounded
+
+if TYPE_CHECKING:  # the parent imports this file, and neither an API nor what one works with
+    from service.web.app import App
 
 # Open connections of one process: each costs some 20 KB; terminals behind a proxy need far fewer.
 CONNECTIONS_MAX: Final = 10_000
@@ -46,7 +48,7 @@ TEMPORARY_PREFIX: Final = "voucherd-metrics-"  # of a directory for metrics that
 
 MISCONFIGURED: Final = 78  # exit status; EX_CONFIG of sysexits.h
 
-Build = Callable[[Settings], contextlib.AbstractAsyncContextManager[App]]
+Build = Callable[[Settings], contextlib.AbstractAsyncContextManager["App"]]
 
 
 class Order(msgspec.Struct):

@@ -15,12 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope
 
-from service.catalogue import Catalogue
 from service.domain import (
     Authenticated,
     Busy,
@@ -39,6 +38,9 @@ from service.messages import KEY, NAME, PRODUCTS_MAX, TERMINAL
 from service.tokens import well_formed
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer, Headers, method_not_allowed, problem, unavailable
+
+if TYPE_CHECKING:  # the parent of the serving processes needs neither it nor redis-py below it
+    from service.catalogue import Catalogue
 
 T = TypeVar("T")
 

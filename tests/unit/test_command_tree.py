@@ -53,6 +53,17 @@ def test_a_command_imports_no_other() -> None:
     assert imported_by("status", "--help") & modules == {"service.cli.status"}
 
 
+def test_the_parent_of_the_serving_processes_holds_nothing_of_redis_nor_of_the_store() -> None:
+    imported = imported_by("serve", "--help")
+    assert "uvicorn" in imported  # it answers the ops port
+    assert not imported & {"redis", "sqlalchemy", "asyncpg", "aiosqlite", "alembic", "jwt", "cryptography"}
+
+
+def test_neither_the_worker_nor_up_holds_a_web_server() -> None:
+    for command in ("work", "up"):
+        assert not imported_by(command, "--help") & {"uvicorn", "starlette", "httptools"}
+
+
 def test_no_command_is_listed_with_a_line_that_its_own_help_does_not_begin_with() -> None:
     helps = {words[0]: cleandoc(command.help) for words, command in every_command() if len(words) == 1}
     begun = {name: " ".join(text.partition("\n\n")[0].split()) for name, text in helps.items()}
