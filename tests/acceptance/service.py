@@ -31,7 +31,8 @@ DEADLINE_S = 60.0
 class Service:
     """`voucherd serve` and `voucherd work` on one Valkey and one store, without demo data."""
 
-    def __init__(self, valkey: RedisServer, store_url: str, log: Path, **settings: str) -> None:
+    def __init__(self, valkey: RedisServer, store_url: str, log: Path, program: Path, **settings: str) -> None:
+        self.program = program
         self.valkey = valkey
         self.store_url = store_url
         self.port, self.ops_port = free_port(), free_port()
@@ -74,7 +75,7 @@ class Service:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            voucherd(*arguments), env=self.environment, capture_output=True, text=True, timeout=DEADLINE_S
+            [self.program, *arguments], env=self.environment, capture_output=True, text=True, timeout=DEADLINE_S
         )
 
     def succeed(self, *arguments: str) -> str:
@@ -166,6 +167,19 @@ class Service:
                 return bool(generation) and client.xlen(f"{{0}}:{generation}:outbox") == 0
 
             until(flushed, "an empty outbox")
+
+    def refilled(self) -> None:
+        """Returns when no window that a campaign issues from is empty while there is stock for it."""
+
+        async def filled() -> bool:
+            async with self.control_plane() as (database, scripts):
+                async with database.read() as conn:
+                    left = await stock.left(conn, int(time.time()))
+                    used = await control.pools_in_use(conn, int(time.time()))
+                windows = (await scripts.books(sorted(used), generation=(await scripts.generation()).open)).windows
+            return all(pool in windows and windows[pool].length for pool in used if left.get(pool))
+
+        until(lambda: asyncio.run(filled()), "no empty window")
 
     async def audit(self) -> None:
         """Fails unless the books balance."""

@@ -71,14 +71,17 @@ class Shell:
     def __init__(self, service: Service, directory: Path) -> None:
         programs = directory / "bin"
         programs.mkdir(parents=True)
-        interpreter = shlex.quote(sys.executable)
-        modules = {"voucherd": "service.cli.main"} | ({} if shutil.which("curl") else {"curl": "tests.acceptance.curl"})
-        for name, module in modules.items():
-            (programs / name).write_text(f'#!/bin/sh\nexec {interpreter} -m {module} "$@"\n')
-            (programs / name).chmod(0o755)
+        if shutil.which("curl") is None:
+            interpreter = shlex.quote(sys.executable)
+            (programs / "curl").write_text(f'#!/bin/sh\nexec {interpreter} -m tests.acceptance.curl "$@"\n')
+            (programs / "curl").chmod(0o755)
         work = directory / "work"
         work.mkdir()
-        environment = {**service.environment, "PATH": f"{programs}:{os.environ['PATH']}", "COLUMNS": "80"}
+        environment = {
+            **service.environment,
+            "PATH": f"{programs}:{service.program.parent}:{os.environ['PATH']}",
+            "COLUMNS": "80",
+        }
         self._service = service
         self._address = f"http://127.0.0.1:{service.port}"
         self._bash = subprocess.Popen(
@@ -87,8 +90,9 @@ class Shell:
         )  # fmt: skip
 
     def type(self, command: str) -> str:
-        """What ``command`` printed, with everything issued before in the ledger."""
+        """What ``command`` printed, when the worker had done with all before it, as it has by the time one is typed."""
         self._service.quiet()
+        self._service.refilled()
         assert self._bash.stdin is not None and self._bash.stdout is not None
         self._bash.stdin.write(f"{command.replace(ADDRESS, self._address)}\necho; echo '# end of it'\n")
         self._bash.stdin.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -29,10 +28,7 @@ def shown(*arguments: str) -> Any:
 
 def fits(*arguments: str) -> str:
     """What the command prints into a terminal of 80 columns."""
-    printed = subprocess.run(
-        [sys.executable, "-m", "service.cli.main", *arguments],
-        env={**os.environ, "COLUMNS": str(WIDTH)}, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    printed = ok(*arguments, columns=WIDTH).stdout
     assert max(map(len, printed.splitlines())) <= WIDTH, printed
     return printed
 

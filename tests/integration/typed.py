@@ -16,13 +16,13 @@ from tests.integration.stage import Stage
 OnStage = Callable[[Callable[[Stage], Any]], Any]
 
 
-def run(*arguments: str, typed: str | None = None) -> Result:
-    """One command, as typed."""
-    return CliRunner().invoke(app, list(arguments), input=typed, env={"COLUMNS": "90"})
+def run(*arguments: str, typed: str | None = None, columns: int = 90) -> Result:
+    """One command, as typed into a terminal of so many columns."""
+    return CliRunner().invoke(app, list(arguments), input=typed, env={"COLUMNS": str(columns)})
 
 
-def ok(*arguments: str, typed: str | None = None) -> Result:
-    result = run(*arguments, typed=typed)
+def ok(*arguments: str, typed: str | None = None, columns: int = 90) -> Result:
+    result = run(*arguments, typed=typed, columns=columns)
     assert result.exit_code == 0, result.output
     return result
 
