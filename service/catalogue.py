@@ -150,6 +150,22 @@ def encode(snapshot: Snapshot) -> bytes:
     return msgspec.json.encode(_Slices(snapshot.version, [msgspec.Raw(msgspec.json.encode(s)) for s in slices]))
 
 
+def decode(blob: bytes) -> Snapshot:
+    """The snapshot that ``encode`` made ``blob`` of.  Raises msgspec.DecodeError as ``load`` does."""
+    published = msgspec.json.decode(blob, type=_Slices)
+    parts = [msgspec.json.decode(raw, type=Snapshot) for raw in published.slices]
+    return Snapshot(
+        published.version,
+        {token: owner for part in parts for token, owner in part.tokens.items()},
+        {id: active for part in parts for id, active in part.distributors.items()},
+        tuple(pool for part in parts for pool in part.pools),
+        tuple(campaign for part in parts for campaign in part.campaigns),
+        tuple(product for part in parts for product in part.products),
+        {id: client for part in parts for id, client in part.clients.items()},
+        tuple(key for part in parts for key in part.signing_keys),
+    )
+
+
 def load(blob: bytes) -> Iterator[Catalogue | None]:
     """Yields None after each slice of a published snapshot, and the whole catalogue last.
 

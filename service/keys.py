@@ -8,8 +8,9 @@ starts from keys that nothing old can reach (docs/architecture.md, "Generations"
 from __future__ import annotations
 
 import re
-from binascii import b2a_base64
-from typing import Final
+from binascii import a2b_base64, b2a_base64
+from typing import Final, NamedTuple
+from uuid import UUID
 
 # Keys that live as long as the data set; every other key has an expiry or goes with its generation.
 PERMANENT: Final = re.compile(
@@ -85,7 +86,55 @@ def short(key: str) -> str:
     return key
 
 
+def whole(short: str) -> str:
+    """The key that ``short`` made this of."""
+    if short.startswith(" "):
+        return str(UUID(bytes=a2b_base64(short[1:] + "==")))
+    return short
+
+
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
+
+
+class ReplayName(NamedTuple):
+    """What the name of a replay record's key says."""
+
+    generation: int
+    api: str
+    client: str
+    key: str
+
+
+def replay_name(key: str) -> ReplayName | None:
+    """What ``replay`` made this key of; None if it is no replay record's."""
+    if (found := _REPLAY.fullmatch(key)) is None:
+        return None
+    try:
+        return ReplayName(int(found[1]), found[2], found[3], whole(found[4]))
+    except ValueError:
+        return None
+
+
+def generation_of(key: str) -> int:
+    """The generation whose data this key holds, 0 if it holds none's."""
+    found = _OF_GENERATION.match(key)
+    return int(found[1]) if found is not None else 0
+
+
+def catalogue_version(key: str) -> int:
+    """The version whose snapshot this key holds, 0 if it holds none."""
+    found = _CATALOGUE.fullmatch(key)
+    return int(found[1]) if found is not None else 0
+
+
+_REPLAY: Final = re.compile(r"\{\d+\}:(\d+):(v\d+):([^:]+):(.+)")
+_OF_GENERATION: Final = re.compile(r"\{\d+\}:(\d+):")
+_CATALOGUE: Final = re.compile(r"\{\d+\}:catalogue:(\d+)")
+
+
+def of_partition(partition: int) -> str:
+    """Match pattern of every key of a partition."""
+    return f"{tag(partition)}:*"
 
 
 def of_generation(partition: int, generation: int) -> str:

@@ -51,6 +51,10 @@ COMMANDS: Final = {
         "service.cli.status:status",
         "Show stock, windows, burn rate, time to empty, outbox, fence, incidents, and how long the store may be away.",
     ),
+    "recover-store": Listed(
+        "service.cli.recover_store:recover_store",
+        "Repair a store that is older than it was (a restored backup, a promoted standby) by what Redis knows.",
+    ),
     "distributor": Listed(
         "service.cli.distributors:app", "Distributors: the partners whose terminals ask for vouchers."
     ),
@@ -71,7 +75,7 @@ ADVICE: Final[dict[type[Fault], str]] = {
     RedisFull: "give Redis more memory",
     StoreUnreachable: "see that the store runs, and that VOUCHERD_STORE_URL or --data-dir names it; "
     "then look whether the change was made before you repeat it",
-    StoreIsOlder: "nothing was changed; bring back the newest store, or repair it, before going on",
+    StoreIsOlder: "nothing was changed; bring back the newest store, or repair this one: `voucherd recover-store`",
     ScriptFailed: "see that all processes are of the same version; nothing else writes into this Redis",
 }
 

@@ -68,7 +68,7 @@ async def create(
         connection, "campaign", id, category=category, pool=pool, priority=priority, starts_at=starts_at, until=until,
         time_zone=time_zone, caps=caps, now=now,
     )  # fmt: skip
-    await _insert_products(connection, id, products)
+    await insert_products(connection, id, products)
 
 
 async def create_for_product(
@@ -131,7 +131,7 @@ async def _create(
             "created_at": now,
         },
     )
-    await _replace_caps(connection, id, "", caps, now)
+    await replace_caps(connection, id, "", caps, now)
     await mark_changed(connection, [id])
 
 
@@ -158,8 +158,8 @@ async def change(connection: AsyncConnection, wanted: Campaign, now: int) -> Non
     values = {name: getattr(wanted, name) for name in names}
     await connection.execute(update(campaigns).where(campaigns.c.id == id).values(values))
     await connection.execute(delete(campaign_products).where(campaign_products.c.campaign == id))
-    await _insert_products(connection, id, wanted.products)
-    await _replace_caps(connection, id, "", wanted.caps, now)
+    await insert_products(connection, id, wanted.products)
+    await replace_caps(connection, id, "", wanted.caps, now)
 
 
 async def end(
@@ -217,7 +217,7 @@ async def set_caps(
     wanted = [Cap(holder, period, limit) for (holder, period), limit in limits.items() if limit is not None]
     named = [Cap(holder, period, limit or 0) for (holder, period), limit in changes.items()]
     _check_caps(named, _ASSIGNED if distributor else get_args(CapHolder), where)
-    await _replace_caps(connection, id, distributor, wanted, now)
+    await replace_caps(connection, id, distributor, wanted, now)
     return wanted
 
 
@@ -256,7 +256,7 @@ async def place(
     if not await _is_assigned(connection, id, distributor):
         row = {"campaign": id, "distributor": distributor, "created_at": now}
         await connection.execute(insert(assignments), row)
-    await _replace_caps(connection, id, distributor, caps, now)
+    await replace_caps(connection, id, distributor, caps, now)
 
 
 async def unassign(
@@ -391,15 +391,22 @@ async def _require_assignment(connection: AsyncConnection, noun: Noun, id: str, 
         raise NotFound(f"distributor {distributor} is not assigned to {noun} {id}")
 
 
-async def _insert_products(connection: AsyncConnection, id: str, products: Sequence[str]) -> None:
+async def insert_products(connection: AsyncConnection, id: str, products: Sequence[str]) -> None:
+    """The campaign, which had none, serves these products."""
     rows = [{"campaign": id, "product": product} for product in dict.fromkeys(products)]
     await connection.execute(insert(campaign_products), rows)
 
 
-async def _replace_caps(
-    connection: AsyncConnection, campaign: str, distributor: str, wanted: Sequence[Cap], now: int
+async def replace_caps(
+    connection: AsyncConnection,
+    campaign: str,
+    distributor: str,
+    wanted: Sequence[Cap],
+    now: int,
+    counted_from: int | None = None,
 ) -> None:
-    """These are the caps now.  One whose holder and period had a cap before goes on from its count."""
+    """These are the caps now.  One whose holder and period had a cap before goes on from its count; another one counts
+    since ``counted_from``, ``now`` for None."""
     here = (caps.c.campaign == campaign, caps.c.distributor == distributor)
     before = {(row.holder, row.period): row for row in await connection.execute(select(caps).where(*here))}
     await connection.execute(delete(caps).where(*here))
@@ -413,7 +420,7 @@ async def _replace_caps(
                 "holder": cap.holder,
                 "period": cap.period,
                 "limit": cap.limit,
-                "counted_from": now if old is None else old.counted_from,
+                "counted_from": old.counted_from if old is not None else now if counted_from is None else counted_from,
                 "limited_from": now if old is None or old.limit != cap.limit else old.limited_from,
             }
         )

@@ -11,13 +11,9 @@ import msgspec
 from service.domain import RECORD_SEPARATOR, Code, Record, Rule
 from service.identity import IdKeys
 from service.store.schema import LITTLE_LIFE, WITHDRAWN
-from service.store.stock import digest
+from service.store.stock import IN_MAX, digest
 
 INTEGER_MAX: Final = 2**63 - 1
-
-# Values in one IN list: below every limit of both databases (SQLite: 32,766 parameters), large enough that the
-# statements themselves don't count.
-IN_MAX: Final = 500
 
 _T = TypeVar("_T")
 

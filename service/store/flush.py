@@ -16,9 +16,9 @@ from sqlalchemy import (
     Row,
     Table,
     and_,
+    delete,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import LedgerLacks, StoreUnreachable
 from service.identity import NO_KEYS, IdKeys
-from service.store import generations
+from service.store import generations, stock
 from service.store.database import Database, insert_records
 from service.store.entries import (
     AsideRow,
@@ -45,6 +45,12 @@ from service.store.schema import WAY, campaigns, incidents, issuances, parked, r
 
 DOUBLE_ISSUE: Final = "double_issue"
 CONFLICTING_ENTRY: Final = "conflicting_entry"
+STORE_OLDER: Final = "store_older"  # the store came back older, and was repaired
+QUARANTINE: Final = "quarantine"  # a generation was left with codes of a pool that are accounted for nowhere
+
+# Generation of requests that a store which came back older has again, by their replay records: which outbox entry they
+# once came by, nobody knows (``recreation``).  No partition ever has a generation 0.
+RECREATED: Final = 0
 
 # A round is lost only to another worker that commits some of the same rows meanwhile, and what it committed is seen
 # by the next round.  Two rounds are enough; the rest is for what nobody thought of.
@@ -104,7 +110,7 @@ async def flush(
                 partition, generation, _ = entry.position
                 await park(conn, partition, generation, entry.entry_id, entry.codes, reason, entry.content(), now)
                 set_away += entry.codes
-        written, again = await _write_unknown(conn, fit, now, ids)
+        written, again = await write_unknown(conn, fit, now, ids)
         compared = await _compare(conn, again, now, ids)
         return Flushed(
             issued=written.issued,
@@ -178,7 +184,7 @@ async def raise_incident(
 # --- writing what was never seen ---------------------------------------------------------------------------------
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     issued: int
     set_aside: int
     incidents: int
@@ -189,9 +195,9 @@ class _RaceLostError(Exception):
     """Someone else committed some of these rows meanwhile."""
 
 
-async def _write_unknown(
+async def write_unknown(
     conn: AsyncConnection, entries: Sequence[Entry], now: int, ids: IdKeys
-) -> tuple[_Written, list[Entry]]:
+) -> tuple[Written, list[Entry]]:
     """Writes the entries that the store does not know and returns the others, to be compared.
 
     The first round trusts that no code was given twice, as it always should be; only when a wall says otherwise are
@@ -232,11 +238,12 @@ async def _known(conn: AsyncConnection, entries: Sequence[Entry]) -> set[tuple[i
     return known
 
 
-async def _write(conn: AsyncConnection, rows: Rows, now: int, suspicious: bool) -> _Written:
+async def _write(conn: AsyncConnection, rows: Rows, now: int, suspicious: bool) -> Written:
     if not (rows.requests or rows.asides):
-        return _Written(0, 0, 0, set())
+        return Written(0, 0, 0, set())
     doubles: dict[Way, _Double] = {}
     if suspicious or await _crosses(conn, rows):
+        await _take_their_places(conn, rows)
         doubles = await _doubles(conn, rows)
     kept = [row for row in rows.issuances if row[:4] not in doubles]
     put_aside = [row for row in rows.asides if row[:4] not in doubles]
@@ -250,7 +257,7 @@ async def _write(conn: AsyncConnection, rows: Rows, now: int, suspicious: bool) 
             .where(campaigns.c.id.in_(some_campaigns), campaigns.c.paused.is_(False))
             .values(paused=True)
         )
-    return _Written(len(kept), len(put_aside), len(raised), involved)
+    return Written(len(kept), len(put_aside), len(raised), involved)
 
 
 async def _crosses(conn: AsyncConnection, rows: Rows) -> bool:
@@ -263,7 +270,7 @@ async def _crosses(conn: AsyncConnection, rows: Rows) -> bool:
     if issued & aside:
         return True
     for some in chunks(sorted(aside)):
-        if (await conn.execute(select(issuances.c.lot).where(_stands_at(issuances, some)).limit(1))).first():
+        if (await conn.execute(select(issuances.c.lot).where(stock.at(issuances, some)).limit(1))).first():
             return True
     by_lot = groupby(sorted(issued), key=lambda position: position[0])
     stretches = [(lot, seqs[0], seqs[-1]) for lot, seqs in ((lot, [seq for _, seq in some]) for lot, some in by_lot)]
@@ -276,6 +283,24 @@ async def _crosses(conn: AsyncConnection, rows: Rows) -> bool:
         if not issued.isdisjoint(map(tuple, found)):
             return True
     return False
+
+
+async def _take_their_places(conn: AsyncConnection, rows: Rows) -> None:
+    """What was recreated of these very requests is gone: their own entries have come after all."""
+    request_of = {row[:4]: row for row in rows.requests}
+    coming = {(row.lot, row.seq): request_of[*row[:3], row.request_ordinal] for row in rows.issuances}
+    for positions in chunks(sorted(coming)):
+        recreated = await conn.execute(
+            select(issuances.c.lot, issuances.c.seq, requests)
+            .join(requests, is_request_of(issuances))
+            .where(issuances.c.generation == RECREATED, stock.at(issuances, positions))
+        )
+        for lot, seq, *row in recreated.all():
+            held, came = RequestRow(*row), coming[lot, seq]
+            if came.generation != RECREATED and held[4:-1] == came[4:-1]:
+                for table in (issuances, requests):
+                    way = (table.c[name] == value for name, value in zip(WAY[:3], held[:3], strict=True))
+                    await conn.execute(delete(table).where(*way))
 
 
 class _Holder(NamedTuple):
@@ -323,12 +348,12 @@ async def _doubles(conn: AsyncConnection, rows: Rows) -> dict[Way, _Double]:
         if holder.digest is not None:
             by_digest.setdefault(holder.digest, holder)
 
-    issued = select(issuances, requests.c.campaign).join(requests, _is_request_of(issuances))
+    issued = select(issuances, requests.c.campaign).join(requests, is_request_of(issuances))
     everything: list[IssuanceRow | AsideRow] = [*rows.issuances, *rows.asides]
     for positions in chunks([(row.lot, row.seq) for row in everything]):
-        for row in await conn.execute(issued.where(_stands_at(issuances, positions))):
+        for row in await conn.execute(issued.where(stock.at(issuances, positions))):
             hold((row.lot, row.seq), _Holder(way_of(row), row.digest, row.campaign))
-        for row in await conn.execute(select(set_asides).where(_stands_at(set_asides, positions))):
+        for row in await conn.execute(select(set_asides).where(stock.at(set_asides, positions))):
             hold((row.lot, row.seq), _Holder(way_of(row), None, None))
     for digests in chunks([row.digest for row in rows.issuances]):
         for row in await conn.execute(issued.where(issuances.c.digest.in_(digests))):
@@ -456,12 +481,9 @@ def _position(entry: Entry) -> tuple[int, int, int]:
     return entry.position
 
 
-def _is_request_of(table: Table) -> ColumnElement[bool]:
+def is_request_of(table: Table) -> ColumnElement[bool]:
+    """This row of ``requests`` is that of the issuance in ``table``."""
     return and_(*(requests.c[name] == table.c[name] for name in WAY[:3]), requests.c.ordinal == table.c.request_ordinal)
-
-
-def _stands_at(table: Table, positions: Sequence[tuple[int, int]]) -> ColumnElement[bool]:
-    return tuple_(table.c.lot, table.c.seq).in_(positions)
 
 
 def _ranges(seqs: Sequence[int]) -> Iterator[tuple[int, int]]:

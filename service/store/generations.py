@@ -112,6 +112,12 @@ async def make(conn: AsyncConnection, partition: int, reason: str, now: int) -> 
     return number
 
 
+async def put_closed(conn: AsyncConnection, partition: int, generation: int, reason: str, now: int) -> None:
+    """There was this generation, which the store does not know: it is closed.  The partition is locked exclusively."""
+    row = {"partition": partition, "generation": generation, "reason": reason, "made_at": now, "closed_at": now}
+    await conn.execute(insert(generations), {**row, "state": CLOSED})
+
+
 async def open_(conn: AsyncConnection, partition: int, generation: int, now: int) -> None:
     """``generation`` is open and every older one is closed, also those that were never finished, so that what was
     leased to them is in quarantine.  Opening it again changes nothing.  The partition is locked exclusively.

@@ -12,11 +12,14 @@ from sqlalchemy import and_, exists, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store import schema, stock
-from service.store.flush import DOUBLE_ISSUE
+from service.store.flush import DOUBLE_ISSUE, QUARANTINE, STORE_OLDER
 from service.store.schema import codes, incidents, issuances, leases, parked, requests, set_asides
 
 # Rows of one kind of damage that are looked at; a store that has more is not understood by reading a longer list.
 DAMAGED_MAX: Final = 1_000
+
+# Incidents that say what was lost and that all is done that can be: nothing waits for anybody.
+SETTLED: Final = (STORE_OLDER, QUARANTINE)
 
 
 class Incident(msgspec.Struct, frozen=True):
@@ -57,13 +60,22 @@ class Torn(msgspec.Struct, frozen=True):
 
 
 async def open_incidents(conn: AsyncConnection) -> list[Incident]:
-    """The oldest incidents first."""
+    """The incidents that are not settled, the oldest first."""
     columns = [incidents.c[name] for name in Incident.__struct_fields__]
-    return [Incident(*row) for row in await conn.execute(select(*columns).order_by(incidents.c.id).limit(DAMAGED_MAX))]
+    found = select(*columns).where(incidents.c.kind.not_in(SETTLED)).order_by(incidents.c.id).limit(DAMAGED_MAX)
+    return [Incident(*row) for row in await conn.execute(found)]
+
+
+async def on_record(conn: AsyncConnection, kind: str, partition: int) -> set[tuple[int, str]]:
+    """Of which generations and subjects there is an incident of this kind."""
+    found = select(incidents.c.generation, incidents.c.subject).where(
+        incidents.c.kind == kind, incidents.c.partition == partition
+    )
+    return {(generation, subject) for generation, subject in await conn.execute(found)}
 
 
 async def newest_incidents(conn: AsyncConnection, limit: int) -> list[Incident]:
-    """The latest incidents first."""
+    """The latest incidents first, settled ones too."""
     columns = [incidents.c[name] for name in Incident.__struct_fields__]
     return [Incident(*row) for row in await conn.execute(select(*columns).order_by(incidents.c.id.desc()).limit(limit))]
 
@@ -76,9 +88,9 @@ async def parked_entries(conn: AsyncConnection) -> list[Parked]:
 
 
 async def count_incidents(conn: AsyncConnection) -> tuple[int, int]:
-    """How many incidents there are, and how many parked entries."""
+    """How many incidents there are that are not settled, and how many parked entries."""
     return (
-        int(await conn.scalar(select(func.count()).select_from(incidents)) or 0),
+        int(await conn.scalar(select(func.count()).where(incidents.c.kind.not_in(SETTLED))) or 0),
         int(await conn.scalar(select(func.count()).select_from(parked)) or 0),
     )
 

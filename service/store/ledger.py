@@ -12,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
 from service.store.entries import Entry, Way, chunks, unfit, way_of
-from service.store.flush import DOUBLE_ISSUE, Flushed, flush, lacking, park, raise_incident
+from service.store.flush import DOUBLE_ISSUE, QUARANTINE, Flushed, flush, lacking, park, raise_incident
 from service.store.schema import WAY, codes, incidents, issuances, lots, requests
 from service.store.stock import digest
 
 __all__ = [
-    "Count", "Entry", "Flushed", "Found", "Wanted", "counts", "earliest_first", "find", "flush", "issued_by_pool",
-    "lacking", "lookup",
+    "QUARANTINE", "Count", "Entry", "Flushed", "Found", "Wanted", "counts", "earliest_first", "find", "flush",
+    "issued_by_pool", "lacking", "lookup",
     "newest_first", "park", "raise_incident", "unfit",
 ]  # fmt: skip
 

@@ -376,7 +376,7 @@ incidents = Table(
     "incidents",
     metadata,
     Column("id", RowId, primary_key=True, autoincrement=True),
-    Column("kind", String(32), nullable=False),  # double_issue, forked_lease, store_older, conflicting_entry
+    Column("kind", String(32), nullable=False),  # double_issue, forked_lease, store_older, and more (flush)
     Column("partition", Integer, nullable=False),
     Column("generation", BigInteger, nullable=False),
     Column("outbox_seq", BigInteger),

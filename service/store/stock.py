@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, ScalarSelect, Table, bindparam, case, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Table, bindparam, case, exists, func, insert, select, tuple_, update
 from sqlalchemy import Row as SqlRow
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,6 +27,9 @@ from service.store.schema import codes, generations, imports, leases, lots, pool
 
 # One transaction holds the pool's lock, and on SQLite the only write lock: a flush must never wait long.
 CHUNK_ROWS_MAX: Final = 5_000
+# Values in one IN list: below every limit of both databases (SQLite: 32,766 parameters), large enough that the
+# statements themselves don't count.
+IN_MAX: Final = 500
 # Each repetition means that another pool's import committed one of the same codes just then.
 COLLISIONS_MAX: Final = 10
 
@@ -219,6 +222,11 @@ def not_in(table: Table, other: Table) -> ColumnElement[bool]:
     return ~exists().where(table.c.lot == other.c.lot, table.c.seq == other.c.seq)
 
 
+def at(table: Table, positions: Sequence[tuple[int, int]]) -> ColumnElement[bool]:
+    """This row of ``table`` is at one of the ``positions``, at most an IN list of them."""
+    return tuple_(table.c.lot, table.c.seq).in_(positions)
+
+
 def withdrawn_ahead() -> ScalarSelect[int]:
     """Of this row of ``lots``, the codes that were withdrawn and that no lease has passed over yet.
 
@@ -293,7 +301,7 @@ async def lease(
     while True:
         if (lot := (await connection.execute(first)).first()) is None:
             return None
-        seq_to, count = await _stretch(connection, lot, codes)
+        seq_to, count = await stretch(connection, lot, codes)
         if count:
             break
         # What is left of the lot was withdrawn: pass over it, once.
@@ -319,7 +327,7 @@ async def free_stretches(connection: AsyncConnection, lot: SqlRow[Any]) -> list[
     return free
 
 
-async def _stretch(connection: AsyncConnection, lot: SqlRow[Any], wanted: int) -> tuple[int, int]:
+async def stretch(connection: AsyncConnection, lot: SqlRow[Any], wanted: int) -> tuple[int, int]:
     """Where a lease of at most ``wanted`` codes of ``lot`` ends (exclusive), and how many codes it then holds."""
     count = 0
     for seq_from, seq_to in await free_stretches(connection, lot):
@@ -348,9 +356,13 @@ async def chain_ends(connection: AsyncConnection, partition: int, generation: in
     return {row.pool: _lease(row) for row in ends}
 
 
-async def lease_known(connection: AsyncConnection, lease_id: str) -> bool:
-    """Whether the store ever made this lease."""
-    return (await connection.execute(select(leases.c.id).where(leases.c.id == lease_id))).first() is not None
+async def leases_known(connection: AsyncConnection, lease_ids: Sequence[str]) -> set[str]:
+    """Those of these leases that the store has made."""
+    known: set[str] = set()
+    for start in range(0, len(lease_ids), IN_MAX):
+        some = lease_ids[start : start + IN_MAX]
+        known.update(await connection.scalars(select(leases.c.id).where(leases.c.id.in_(some))))
+    return known
 
 
 async def _ends(connection: AsyncConnection, chain: Iterable[Any], lease_id: str) -> bool:

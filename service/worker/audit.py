@@ -102,7 +102,7 @@ def _over_cap(one: books.OverCap) -> Finding:
     )  # fmt: skip
 
 
-_INCIDENTS: Final[dict[str, Promise]] = {"forked_lease": "P5", "store_older": "P1", "conflicting_entry": "P2"}
+_INCIDENTS: Final[dict[str, Promise]] = {"forked_lease": "P5", "conflicting_entry": "P2"}
 
 
 def _incident_findings(incidents: Iterable[Incident]) -> list[Finding]:

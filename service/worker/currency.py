@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service import keys
 from service.errors import RedisUnreachable, StoreIsOlder
 from service.scripts import Books, Generation, Scripts
-from service.store import control, generations, ledger, stock
+from service.store import control, generations, ledger, recreation, stock
 from service.store.database import Database
 
 
@@ -27,22 +27,28 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
         pools = list(await stock.stock_versions(conn))
     books = await scripts.books(pools, generation=seen.open) if seen.open else None
     catalogue = await catalogue_at(scripts, seen.fence)
+    shown = await shown_catalogue(scripts)
     async with database.read() as conn:
-        if older := await older_catalogue(conn, seen.fence, catalogue):
+        if older := await older_catalogue(conn, seen.fence, catalogue) or await lacks_shown(conn, shown):
             raise StoreIsOlder(older)
         newest = await generations.newest(conn, scripts.partition)
+        # What Redis has of a generation that was left to repair the store says nothing of the store any more.
+        if books and await recreation.was_repaired(conn, scripts.partition, seen.open):
+            return seen, books
         lost = await ledger.lacking(conn, scripts.partition, seen.open, books.flushed) if books else []
-        unknown = [
-            pool
-            for pool, window in (books.windows.items() if books else ())
-            if window.lease and not await stock.lease_known(conn, window.lease)
-        ]
+        last = {pool: window.lease for pool, window in books.windows.items() if window.lease} if books else {}
+        known = await stock.leases_known(conn, list(last.values()))
+        versions = await stock.stock_versions(conn)
+    unknown = [pool for pool, lease in last.items() if lease not in known]
     if seen.open > newest:
         raise StoreIsOlder(f"the store is older than Redis: it knows generation {newest}, Redis has {seen.open} open")
     if unknown:
         raise StoreIsOlder(
             f"the store is older than Redis: it does not know the last lease of {', '.join(unknown[:5])}"
         )
+    behind = [pool for pool, window in books.windows.items() if window.stock > versions.get(pool, 0)] if books else []
+    if behind:
+        raise StoreIsOlder(f"the store is older than Redis: it lacks what was imported into {', '.join(behind[:5])}")
     if books and books.lost:
         lost = [books.lost]
     if lost:
@@ -59,6 +65,27 @@ async def catalogue_at(scripts: Scripts, fence: int) -> bytes | None:
     except RedisError as error:
         raise RedisUnreachable from error
     return text.encode("utf-8", "surrogateescape") if text is not None else None
+
+
+async def shown_catalogue(scripts: Scripts) -> tuple[int, bytes | None]:
+    """The version that processes were shown last, which may not be in force yet, and what Redis has of it.
+
+    Raises RedisUnreachable.
+    """
+    try:
+        version = int(await scripts.redis.get(keys.catalogue_newest()) or 0)
+    except RedisError as error:
+        raise RedisUnreachable from error
+    return version, await catalogue_at(scripts, version)
+
+
+async def lacks_shown(conn: AsyncConnection, shown: tuple[int, bytes | None]) -> str:
+    """Why the store is older than what processes were ``shown``, '' if it is not: whoever has loaded that never loads
+    another one of its number."""
+    version, catalogue = shown
+    if catalogue is not None and catalogue != await control.saved_snapshot(conn, version):
+        return f"the store is older than Redis, which has shown another catalogue {version}"
+    return ""
 
 
 async def older_catalogue(conn: AsyncConnection, fence: int, catalogue: bytes | None) -> str:

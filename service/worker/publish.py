@@ -19,7 +19,7 @@ from service.scripts import Scripts
 from service.store import control
 from service.store.database import Database
 from service.worker import patience
-from service.worker.currency import catalogue_at, older_catalogue
+from service.worker.currency import catalogue_at, lacks_shown, older_catalogue, shown_catalogue
 
 log = structlog.get_logger()
 
@@ -66,8 +66,10 @@ async def change(
         await asyncio.sleep(patience.UNREACHED_POLL_S)
     now = int(time.time())
     async with database.write() as conn:
-        if in_force is not None and (older := await older_catalogue(conn, *in_force)):
-            raise StoreIsOlder(older)
+        if in_force is not None:
+            fence, catalogue, shown = in_force
+            if older := await older_catalogue(conn, fence, catalogue) or await lacks_shown(conn, shown):
+                raise StoreIsOlder(older)
         result = await edit(conn)
         version = await control.raise_version(conn)
         blob = encode(await control.snapshot(conn, version))
@@ -126,11 +128,11 @@ async def republish_once(database: Database, scripts: Scripts) -> int:
     return 1
 
 
-async def _in_force(scripts: Scripts) -> tuple[int, bytes | None] | None:
-    """The fence and what Redis has of the catalogue there; None while Redis is away."""
+async def _in_force(scripts: Scripts) -> tuple[int, bytes | None, tuple[int, bytes | None]] | None:
+    """The fence, what Redis has of the catalogue there, and what processes were shown last; None while Redis is away."""
     try:
         fence = (await scripts.generation()).fence
-        return fence, await catalogue_at(scripts, fence)
+        return fence, await catalogue_at(scripts, fence), await shown_catalogue(scripts)
     except RedisUnreachable:
         return None
 

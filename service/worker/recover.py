@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -26,7 +26,8 @@ from service.catalogue import Snapshot, cap_field, period_bounds
 from service.errors import RedisUnreachable
 from service.scripts import Count, Generation, Scripts, counter_key
 from service.scripts import Counter as CapCounter
-from service.store import books, control, generations, ledger
+from service.store import books, control, generations, inspection, ledger, recreation
+from service.store.books import Quarantined
 from service.store.database import Database
 from service.worker.currency import refuse_older
 from service.worker.flush import Flush
@@ -181,7 +182,11 @@ class Recover:
             if await generations.newest(conn, self._partition) != generation:
                 return Recovered()  # another worker is rolling too, and began later
             version = await control.version(conn)
-            counts = await self._counts(conn, generation, await control.snapshot(conn, version))
+            snapshot = await control.snapshot(conn, version)
+            lost = await books.quarantine(conn)
+            counts = await self._counts(conn, generation, snapshot, lost)
+            if await recreation.was_repaired(conn, self._partition, seen.open):
+                counts = await self._at_least(counts, snapshot, seen.open, generation)
             for i in range(0, len(counts), RESTORE_MAX):
                 status, _ = await self._scripts.restore(
                     [], counts[i : i + RESTORE_MAX],
@@ -193,21 +198,42 @@ class Recover:
             if opened != "OK":
                 return Recovered()
             await generations.open_(conn, self._partition, generation, self._now())
+            left = await self._put_on_record(conn, lost, reason)
         log.warning("rolled", partition=self._partition, to=generation)
+        for pool, codes in left.items():
+            metrics.incidents.labels(ledger.QUARANTINE).inc()
+            log.error("codes of the generation that was left are in quarantine", pool=pool, codes=codes, why=reason)
         if version:
             async with self._database.read() as conn:
                 newest = await control.load_snapshot(conn)
             await announce(self._database, self._scripts, *newest)
         return Recovered(opened=generation, rolled=True)
 
-    async def _counts(self, conn: AsyncConnection, generation: int, snapshot: Snapshot) -> list[Count]:
+    async def _put_on_record(self, conn: AsyncConnection, lost: Sequence[Quarantined], reason: str) -> dict[str, int]:
+        """What generations that were left since the last time have in quarantine, one incident a pool; how many codes.
+
+        What is still in one of their outboxes comes out of it later.
+        """
+        left = Counter[str]()
+        known = await inspection.on_record(conn, ledger.QUARANTINE, self._partition)
+        for one in lost:
+            if one.partition == self._partition and (one.generation, one.pool) not in known:
+                left[one.pool] += one.codes
+                await ledger.raise_incident(
+                    conn, kind=ledger.QUARANTINE, partition=self._partition, generation=one.generation,
+                    subject=one.pool, detail=f"{one.codes} codes are in quarantine: {reason}", now=self._now(),
+                )  # fmt: skip
+        return dict(left)
+
+    async def _counts(
+        self, conn: AsyncConnection, generation: int, snapshot: Snapshot, lost: Sequence[Quarantined]
+    ) -> list[Count]:
         """What caps have used, by the ledger; a campaign's own caps also count what may have been issued and lost.
 
         What a generation lost is at most the outbox bound, and no more than what is in quarantine of it: with that, a
         campaign's cap is not exceeded even if all of it was issued (P8).
         """
         now = self._now()
-        lost = await books.quarantine(conn)
         counted_from = await control.caps_counted_from(conn)
         counts: list[Count] = []
         for campaign in snapshot.campaigns:
@@ -231,6 +257,28 @@ class Recover:
                 expires_at = 0 if period == "total" else 2 * middle - start
                 counts += [Count(key, field, codes, expires_at) for field, codes in used.items() if codes]
         return counts
+
+    async def _at_least(self, counts: Sequence[Count], snapshot: Snapshot, left: int, generation: int) -> list[Count]:
+        """``counts``, and no cap has used less than it had in the generation that was ``left``: of what the store lost
+        before it came back older, what is past the retention is in no replay record."""
+        used = {(count.key, count.field): count for count in counts}
+        now = self._now()
+        for campaign in snapshot.campaigns:
+            caps = {cap.period for some in (campaign.caps, *campaign.assigned.values()) for cap in some}
+            for period in sorted(caps):
+                start, middle, _ = period_bounds(period, campaign.time_zone, now)
+                counter = CapCounter(campaign.id, period, campaign.time_zone)
+                key = counter_key(self._partition, generation, counter, start)
+                expires_at = 0 if period == "total" else 2 * middle - start
+                try:
+                    had = await self._scripts.redis.hgetall(counter_key(self._partition, left, counter, start))
+                except RedisError as error:
+                    raise RedisUnreachable from error
+                for field, text in had.items():
+                    before = used.get((key, field))
+                    if before is None or before.codes < int(text):
+                        used[key, field] = Count(key, field, int(text), expires_at)
+        return list(used.values())
 
     async def _restore_records(self, seen: Generation) -> int:
         """Sets the replay records that the ledger has and Redis lacks, newest first; while it lasts, a request whose

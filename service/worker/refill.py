@@ -21,8 +21,9 @@ from service import keys, metrics
 from service.catalogue import Snapshot
 from service.errors import Conflict, GenerationClosed, RedisUnreachable, StoreIsOlder
 from service.scripts import Scripts, Window
-from service.store import control, ledger, stock
+from service.store import control, generations, ledger, stock
 from service.store.database import Database
+from service.worker.currency import refuse_older
 from service.worker.generating import Fill
 
 log = structlog.get_logger()
@@ -100,7 +101,7 @@ class Refill:
         """Brings every pool of the catalogue above its low water, as far as stock and LEASES_MAX allow.
 
         Raises RedisUnreachable or StoreUnreachable; what was leased by then is applied by the next step.  Raises
-        StoreIsOlder if the store came back older in the middle of it.
+        StoreIsOlder if the store came back older; nothing is leased then.
         """
         seen = await self._scripts.generation()
         if not seen.agrees:
@@ -119,7 +120,7 @@ class Refill:
         books = await self._scripts.books(pools, generation=seen.open)
         if books is None:
             return Refilled()
-        total = Refilled()
+        total, checked = Refilled(), False
         for pool, window in books.windows.items():
             if window.stock < versions[pool]:
                 await self._scripts.stock(pool, versions[pool], generation=seen.open)
@@ -130,6 +131,9 @@ class Refill:
                 applied and (window.length >= low or window.exhausted == versions[pool])
             ):
                 continue
+            if not checked:  # once a step: what is leased from an older store may have been leased before
+                await refuse_older(self._database, self._scripts)
+                checked = True
             done = await self._refill(seen.open, pool, window, low, least_life[pool])
             total = Refilled(total.codes + done.codes, total.exhausted + done.exhausted, total.forked + done.forked)
         return total
@@ -205,10 +209,10 @@ class Refill:
 
     async def _fork(self, generation: int, pool: str) -> Refilled:
         """Leasing to this pool stops: what is in its window and what the store thinks of it do not fit."""
-        self._forked.add((generation, pool))
-        log.critical("lease chain forked: leasing to this pool has stopped", pool=pool, generation=generation)
-        metrics.incidents.labels("forked_lease").inc()
+        await refuse_older(self._database, self._scripts)  # then that is why
         async with self._database.write() as conn:
+            if await generations.state(conn, self._scripts.partition, generation) == generations.CLOSED:
+                return Refilled()  # it was left meanwhile, and what it has fits nothing any more
             await ledger.raise_incident(
                 conn,
                 kind="forked_lease",
@@ -218,6 +222,9 @@ class Refill:
                 detail="the last lease that Redis applied is neither the chain's end nor the one before it",
                 now=self._now(),
             )
+        self._forked.add((generation, pool))
+        log.critical("lease chain forked: leasing to this pool has stopped", pool=pool, generation=generation)
+        metrics.incidents.labels("forked_lease").inc()
         return Refilled(forked=1)
 
 

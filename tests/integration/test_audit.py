@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from sqlalchemy import delete, insert, select, update
 from service import keys
 from service.catalogue import Cap
 from service.domain import Code
+from service.errors import StoreIsOlder
 from service.store import control, generations, schema
 from service.store.database import Database
 from service.store.stock import Row
@@ -290,7 +292,8 @@ async def test_store_that_lost_ledger_rows_is_found_however_much_is_flushed_afte
     for i in range(40):
         await either.issue(f"later-{i}")
         await either.flush.run_once()
-        await either.refill.run_once()
+        with contextlib.suppress(StoreIsOlder):  # it leases only until its window is low
+            await either.refill.run_once()
     books = await either.scripts.books([], generation=1)
     assert books is not None
     assert books.lost == 1

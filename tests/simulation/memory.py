@@ -728,6 +728,12 @@ class Client:
     async def get(self, key: str) -> Any:
         return await self._one("get", key)
 
+    async def mget(self, keys: Sequence[str]) -> Any:
+        return await self._one("mget", *keys)
+
+    async def lrange(self, key: str, first: int, last: int) -> Any:
+        return await self._one("lrange", key, first, last)
+
     async def set(self, key: str, value: Any) -> Any:
         return await self._one("set", key, value)
 

@@ -33,7 +33,7 @@ from service.store.database import Database
 from service.tokens import digest
 from service.web.preload import Preload
 from service.worker import flush as flushing
-from service.worker import patience, publish, stocking, withdrawing
+from service.worker import patience, publish, repair, stocking, withdrawing
 from service.worker.flush import Flush
 from service.worker.publish import change, republish_once
 from service.worker.recover import Recover
@@ -58,6 +58,12 @@ from tests.simulation.store import Store, template
 CLAIM_AFTER_MS: Final = 800
 UNREACHED_S: Final = 1.0
 DEADLINE_S: Final = 0.6
+
+# How often the command that repairs the store is tried: beyond that something is in its way for good.
+REPAIRS_MAX: Final = 60
+
+# How long what was on its way when the last fault ended may take to arrive.
+LATE_S: Final = 5.0
 
 # Longest time between two looks of one worker at what may be wrong.
 WATCH_S_MAX: Final = 5.0
@@ -126,6 +132,7 @@ class World:
         self.snapshots: list[Data] = []
         self.store_snapshots: list[bytes] = []
         self.is_older = False
+        self.repairing: asyncio.Task[None] | None = None
         self.recovery = rng.choice((1, 4))  # how much slower than usual
 
     def unix(self) -> int:
@@ -152,15 +159,18 @@ class World:
         nemesis = self.loop.create_task(self._nemesis(duration))
         await asyncio.gather(*clients, operating, nemesis)
         self._heal()
-        if self.is_older:
-            await asyncio.sleep(WATCH_S_MAX + 1.0)  # every worker has watched once more, with nothing in its way
-            if (lost := self.truth.check_kept()) and not self.counts["store older noticed"]:
-                self.truth.broken("watch", f"the store lost {lost} vouchers, and nobody noticed that it is older")
-        else:
+        if self.repairing is not None:
+            await self.repairing
+            # A command that began before the loss may have put in force since what the store has no more.
+            await asyncio.sleep(LATE_S)
+            await self._recover_store(0.0)
             await self._quiet()
-            await self._probe()
-            await self._quiet()
-            self.truth.check_quiet()
+            self.is_older = False  # whoever says so from here on is wrong
+            self.truth.store_was_repaired(self.pools)
+        await self._quiet()
+        await self._probe()
+        await self._quiet()
+        self.truth.check_quiet()
         self.over = True
         for task in tasks:
             task.cancel()
@@ -533,7 +543,7 @@ class World:
 
     async def _withdraw(self, process: Process, pool: str) -> bool:
         """Some codes, or a whole lot; what may have been given to somebody by then is not held against it."""
-        rng = self.rng
+        rng, path = self.rng, self.store.path
         stored = self.store.peek("select lot, seq, code from codes where pool = ? order by lot, seq", pool)
         lots = sorted({lot for lot, _, _ in stored})
         lot = rng.choice(lots) if lots and rng.random() < 0.2 else None
@@ -544,7 +554,7 @@ class World:
             reason="leaked", actor="operator", now=self.unix,
         )  # fmt: skip
         self.counts["withdrawn"] += done.stock + done.windows
-        if done.unreached:
+        if done.unreached or self.store.path != path:  # the store that it was done in is gone
             return False
         for position in {(at, seq) for at, seq, _ in chosen} - set(self.truth.left):
             self.truth.withdrawn.setdefault(position, self.scheduler.unix())
@@ -752,8 +762,52 @@ class World:
     async def _store_older(self) -> None:
         if self.store_snapshots and not self.is_older:
             self.scheduler.note("nemesis", "the store is restored from an older copy")
+            before = self.truth.in_ledger()
             self.store.restore(self.rng.choice(self.store_snapshots))
-            self.is_older = self.truth.stock_forgotten = True
+            self.is_older = True
+            self.truth.store_came_back(before)
+            self.repairing = self.loop.create_task(
+                self._recover_store(self.rng.random() * self.rng.choice((0.3, 3.0, 2 * WATCH_S_MAX)))
+            )
+
+    async def _recover_store(self, after_s: float) -> None:
+        """An operator repairs the store; the command may die anywhere, and is then typed again."""
+        rng = self.rng
+        await asyncio.sleep(after_s)
+        lost = self.truth.check_kept()
+        for attempt in range(REPAIRS_MAX):
+            process = Process(f"repair-{next(self.numbers)}")
+            command = self.scheduler.spawn(process, self._repair(process))
+            await asyncio.wait([command], timeout=rng.random() * 0.4 if rng.random() < 0.4 else None)
+            if not command.done():
+                self.counts["recover-store died"] += 1
+                await self._die(process)
+            elif not command.cancelled() and (done := command.result()) is not None:
+                if lost and not done.older and not attempt:
+                    self.truth.broken("watch", f"the store lost {lost} vouchers, and is not called older")
+                self.counts["recover-store"] += 1
+                self.counts["recreated"] += done.vouchers
+                return
+            await asyncio.sleep(rng.random())
+        self.truth.broken("rest", f"the store is not repaired after {REPAIRS_MAX} times")
+
+    async def _die(self, process: Process) -> None:
+        self.scheduler.note(process.name, "dies", "killed")
+        process.kill()
+        await asyncio.sleep(0)
+
+    async def _repair(self, process: Process) -> repair.Repair | None:
+        database, scripts = self.store.door(process), self.scripts(process)
+        flush = self._flush(process, database, scripts)
+        recover = self._recover(database, scripts, flush)
+        try:
+            return await repair.repair(database, scripts, flush, recover, actor="operator", now=self.unix)
+        except Fault as fault:
+            self.counts[f"recover-store {type(fault).__name__}"] += 1
+            self.scheduler.note(process.name, type(fault).__name__, str(fault))
+            if isinstance(fault, ScriptFailed):
+                self.truth.broken("defect", f"recover-store: {fault}")
+            return None
 
 
 # --- running one -----------------------------------------------------------------------------------------------------
@@ -808,7 +862,7 @@ def _in_virtual_time(world: World) -> Iterator[None]:
     """The commands look at the clock themselves."""
     clock: Any = SimpleNamespace(time=world.scheduler.unix, monotonic=world.loop.time)
     changed: list[tuple[Any, str, Any]] = [
-        *((module, "time", clock) for module in (publish, stocking, withdrawing)),
+        *((module, "time", clock) for module in (publish, repair, stocking, withdrawing)),
         (patience, "UNREACHED_S", UNREACHED_S),
         (flushing, "CLAIM_AFTER_MS", CLAIM_AFTER_MS),
     ]

@@ -1,0 +1,98 @@
+"""The store is put back as it was an hour ago, under a service that has issued since (reliability.md, fault 20)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from tests.acceptance.service import Service
+from tests.acceptance.test_up import until
+from tests.servers import PostgresServer
+
+ISSUED_SINCE = 1_000
+
+
+@pytest.fixture
+def backup(running: Service, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Callable[[], None], ...]:
+    """Keeps the store as it is, and puts that back; nobody may be using it."""
+    name, copy = str(make_url(running.store_url).database), tmp_path / "backup.db"
+    if running.store_url.startswith("sqlite"):
+
+        def copied(source: Path, target: Path) -> None:
+            for end in ("-wal", "-shm"):
+                Path(f"{target}{end}").unlink(missing_ok=True)
+            shutil.copyfile(source, target)
+
+        return lambda: copied(Path(name), copy), lambda: copied(copy, Path(name))
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+
+    def put_back() -> None:
+        postgres.sql(f"drop database {name} with (force)")
+        postgres.sql(f"alter database {name}_backup rename to {name}")
+
+    return lambda: postgres.sql(f"create database {name}_backup template {name}"), put_back
+
+
+async def test_nothing_is_given_twice_or_lost_when_an_old_store_is_put_back(
+    service: Service, backup: tuple[Callable[[], None], ...]
+) -> None:
+    keep, put_back = backup
+    await service.furnish(30 * ISSUED_SINCE)  # at this pace a window holds ten times as many
+    async with service.client() as client:
+        await asyncio.gather(*(service.voucher(client, f"before-{n}") for n in range(50)))
+    service.quiet()
+    service.stop()
+    keep()
+    service.start("serve", "work")
+    keys = [f"since-{n}" for n in range(ISSUED_SINCE)]
+    leaked, service.token = service.token, service.succeed("token", "issue", service.distributor).strip()
+    service.succeed("token", "revoke", "--token", leaked)
+    async with service.client() as client:
+        answers = await asyncio.gather(*(service.voucher(client, key) for key in keys))
+    assert {answer.status_code for answer in answers} == {200}
+    service.quiet()
+    service.stop()
+    put_back()
+    before = service.log.stat().st_size
+    service.start("serve", "work")
+
+    until(lambda: "older than Redis" in service.log.read_bytes()[before:].decode(), "the alarm")
+    status = service.run("status")
+    assert status.returncode == 1
+    assert "older than Redis" in status.stdout + status.stderr
+    for refused in (("token", "issue", service.distributor), ("pool", "create", "ANOTHER")):
+        done = service.run(*refused)
+        assert done.returncode == 1
+        assert "voucherd recover-store" in done.stderr
+    async with service.client() as client:
+        meanwhile = await service.ask(client, "meanwhile")
+        assert meanwhile.status_code == 200, "issuing goes on from the windows"
+        assert [(await service.voucher(client, key)).content for key in keys[:20]] == [
+            answer.content for answer in answers[:20]
+        ]
+
+    shown = service.succeed("recover-store")
+    assert "Nothing was changed" in shown
+    assert "older than Redis" in service.run("status").stderr
+    done = json.loads(service.succeed("recover-store", "--yes", "--json"))
+    assert (done["older"], done["done"]) == (True, True)
+    assert done["vouchers_recreated"] >= ISSUED_SINCE
+    assert len(done["tokens_revoked"]) == 1
+    assert json.loads(service.succeed("recover-store", "--yes", "--json")) == {"older": False, "done": False}
+
+    async with service.client() as client:
+        replays = await asyncio.gather(*(service.voucher(client, key) for key in keys))
+        assert [replay.content for replay in replays] == [answer.content for answer in answers]
+        assert (await service.voucher(client, "meanwhile")).content == meanwhile.content
+        new = await asyncio.gather(*(service.voucher(client, f"after-{n}") for n in range(200)))
+        assert {answer.status_code for answer in new} == {200}
+        assert (await service.voucher(client, "leaked", token=leaked)).status_code == 401
+    codes = [answer.json()["voucher_code"] for answer in (*answers, meanwhile, *new)]
+    assert len(set(codes)) == len(codes) == ISSUED_SINCE + 201
+    await service.audit()
