@@ -8,8 +8,8 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench bench-flush bench-import bench-memory \
-	bench-outbox bench-scale compare-install chaos-import postman sim
+.PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
+	bench-scale compare-install chaos-import postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ bench: install ## CPU per voucher, next to a no-op application and (make compare
 
 bench-flush: install ## CPU of writing issued vouchers to the ledger, on PostgreSQL
 	$(BIN)/python -m loadtest.flush $(ARGS)
+
+bench-recover: install ## a million replay records restored after a loss of Redis, issuing meanwhile
+	$(BIN)/python -m loadtest.recover $(ARGS)
 
 bench-import: install ## an import next to \copy, and issuing meanwhile (ARGS='--codes 10000000')
 	$(BIN)/python -m loadtest.imports $(ARGS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -98,36 +100,51 @@ async def lookup(conn: AsyncConnection, api: str, client: str, keys: Sequence[st
     return found
 
 
+# When a request was issued, and its generation, outbox sequence and ordinal: where a page of the newest ended.
+Cursor = tuple[int, int, int, int]
+
+
 async def newest_first(
-    conn: AsyncConnection, partition: int, issued_since: int, before: tuple[int, int, int] | None, limit: int
-) -> list[tuple[tuple[int, int, int], Record]]:
-    """Records issued at ``issued_since`` (Unix seconds) or later, the latest first, each with its cursor
-    ``(generation, outbox_seq, ordinal)``; ``before`` is the cursor to go on from, None begins.
+    conn: AsyncConnection, partition: int, issued_since: int, before: Cursor | None, limit: int
+) -> list[tuple[Cursor, Record]]:
+    """Records issued at ``issued_since`` (Unix seconds) or later, the latest first, each with its cursor; ``before`` is
+    the cursor to go on from, None begins.
 
     At most ``limit``; only an empty page says that it was the last, for a record whose codes are not all known can't
-    be told and is left out.  Raises ValueError if ``before`` was never handed out.
+    be told and is left out.
     """
     while True:
         # By time first, for an index bounds that at both ends: by position alone, the last page would read the whole
         # ledger to learn that nothing younger is left.
         # Plus 0: SQLite, which keeps no statistics, would go for the primary key, and so read all of the partition.
-        wanted = select(requests).where(requests.c.partition + 0 == partition, requests.c.issued_at >= issued_since)
+        # PostgreSQL, which does, would take that for a rare thing, and sort all that is left for each page.
+        column = requests.c.partition + 0 if conn.dialect.name == "sqlite" else requests.c.partition
+        wanted = select(*_TOLD).where(column == partition, requests.c.issued_at >= issued_since)
         if before is not None:
-            reached = await conn.scalar(select(requests.c.issued_at).where(_at(requests, Way(partition, *before))))
-            if reached is None:
-                raise ValueError(f"{before} is no cursor of partition {partition}")
             position = tuple_(*(requests.c[name] for name in ("issued_at", *WAY[1:])))
-            wanted = wanted.where(requests.c.issued_at <= reached, position < (reached, *before))
-        told = await _told(conn, wanted, limit)
-        page = [
-            ((row.generation, row.outbox_seq, row.ordinal), _record(row, given))
-            for row, given in told
-            if len(given) == row.quantity
-        ]
-        if page or not told:
+            wanted = wanted.where(requests.c.issued_at <= before[0], position < before)
+        latest = wanted.order_by(*(requests.c[name].desc() for name in ("issued_at", *WAY))).limit(limit).subquery()
+        rows = await conn.execute(
+            select(latest, *(issuances.c[name].label(f"given_{name}") for name in _GIVEN[1:]))
+            .outerjoin_from(latest, issuances, _given_to(latest))
+            .order_by(*(latest.c[name].desc() for name in ("issued_at", *WAY)), issuances.c.ordinal)
+        )
+        page: list[tuple[Cursor, Record]] = []
+        last: Cursor | None = None
+        for head, group in groupby(rows, key=itemgetter(slice(len(_TOLD)))):
+            way, quantity, rule = Way(*head[:4]), head[4], _rule(*head[11:])
+            payload, api, distributor, client, name, issued_at = head[5:11]
+            last = (issued_at, *way[1:])
+            given = tuple(Code(*row[len(_TOLD) :]) for row in group if row[-1] is not None)
+            if len(given) < quantity:
+                where = [requests.c[part] == value for part, value in zip(WAY, way, strict=True)]
+                ((_, whole),) = await _told(conn, select(requests).where(*where), 1)
+                given = tuple(one.code for one in whole)
+            if len(given) == quantity:
+                page.append((last, Record(payload, api, distributor, client, name, issued_at, rule, given)))
+        if page or last is None:
             return page
-        row = told[-1][0]
-        before = (row.generation, row.outbox_seq, row.ordinal)
+        before = last
 
 
 async def issued_by_pool(conn: AsyncConnection, since: int) -> dict[str, int]:
@@ -246,6 +263,21 @@ _FOUND_FROM: Final = {
     "request_id": requests.c.key,
     **{name: issuances.c[name] for name in ("ordinal", "lot", "seq", "code", "serial", "expires_at", "voucher_id")},
 }
+
+
+# What a record needs of its request, in the order in which `newest_first` takes it apart.
+_TOLD: Final = [
+    requests.c[name]
+    for name in (
+        *WAY, "quantity", "payload", "api", "distributor", "client", "key", "issued_at",
+        "campaign", "pool", "category", "product", "until", "id_key", "terms",
+    )
+]  # fmt: skip
+
+
+@lru_cache(maxsize=1_024)  # few rules make all records of a day
+def _rule(*fields: Any) -> Rule:
+    return Rule(*fields)
 
 
 class _Given(NamedTuple):

@@ -129,7 +129,7 @@ async def republish_once(database: Database, scripts: Scripts) -> int:
 
 
 async def _in_force(scripts: Scripts) -> tuple[int, bytes | None, tuple[int, bytes | None]] | None:
-    """The fence, what Redis has of the catalogue there, and what processes were shown last; None while Redis is away."""
+    """The fence, what Redis has of that catalogue, and what processes were shown last; None while Redis is away."""
     try:
         fence = (await scripts.generation()).fence
         return fence, await catalogue_at(scripts, fence), await shown_catalogue(scripts)

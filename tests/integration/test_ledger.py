@@ -427,7 +427,7 @@ async def test_records_are_not_changed_by_a_byte_on_their_way_through_the_ledger
             found = await ledger.lookup(conn, one.api, one.client, [one.key, "none"])
             assert {key: told.pack() for key, told in found.items()} == {one.key: one.pack()}
         told = await ledger.newest_first(conn, 0, 0, None, 1_000)
-        packed = {r.pack() for cursor, r in told if cursor[1] == outbox_seq}
+        packed = {r.pack() for cursor, r in told if cursor[2] == outbox_seq}
         assert packed == {one.pack() for one in records}
 
 
@@ -456,7 +456,7 @@ async def test_pages_of_records_leave_none_out_and_repeat_none(database: Databas
     await ledger.flush(database, entries, NOW)
     everything = {one.key: one for each in entries for one in each.records}
     for since, limit in itertools.product((0, NOW + 2, NOW + 9), (1, 4, 42, 100)):
-        before: tuple[int, int, int] | None = None
+        before: ledger.Cursor | None = None
         told: list[Record] = []
         async with database.read() as conn:
             while page := await ledger.newest_first(conn, 0, since, before, limit):
@@ -476,8 +476,6 @@ async def test_a_record_that_can_not_be_told_does_not_end_the_pages(shop: Databa
     async with shop.read() as conn:
         page = await ledger.newest_first(conn, 0, 0, None, 2)
         assert [one.key for _, one in page] == ["good-3", "good-2"]
-        with pytest.raises(ValueError, match="no cursor"):
-            await ledger.newest_first(conn, 0, 0, (9, 9, 9), 2)
 
 
 async def test_no_code_is_missing_from_the_counts(database: Database) -> None:
