@@ -68,7 +68,7 @@ set_aside = Counter(
     "voucherd_set_aside_codes", "Codes that left a window other than by issue: too little life, or withdrawn"
 )
 parked = Counter("voucherd_parked_entries", "Malformed outbox entries put aside; should stay 0")
-incidents = Counter("voucherd_incidents", "Incidents raised; should stay 0", ["kind"])
+incidents = Counter("voucherd_incidents", "Incidents raised, also of codes that a roll left; should stay 0", ["kind"])
 leased = Counter("voucherd_leased_codes", "Codes leased to windows", ["pool"])
 outbox_codes = Gauge(
     "voucherd_outbox_codes", "Codes in the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"

@@ -11,7 +11,7 @@ import pytest
 from service import keys
 from service.catalogue import Cap
 from service.errors import StoreUnreachable
-from service.store import generations
+from service.store import generations, inspection
 from service.store.database import Database
 from service.store.stock import Row
 from service.worker.stocking import import_codes
@@ -116,3 +116,18 @@ async def test_what_a_generation_issued_that_the_store_never_knew_to_be_open_cou
     assert await stage.open() == 3
     await stage.refill.run_once()
     assert [(answer.status, answer.detail) for answer in await stage.issue("e")] == [("NONE", "capped")]
+
+
+async def test_what_a_roll_left_in_quarantine_is_on_record_once_and_no_finding(stage: Stage) -> None:
+    await stage.campaign()
+    rows = [Row(line, f"CODE-{line:04}", None, None) for line in range(1, 91)]
+    await import_codes(stage.database, stage.scripts, "CAMP-001", rows, import_id="first")
+    await stage.refill.run_once()
+    await _roll(stage)
+    await _roll(stage)
+    async with stage.database.read() as conn:
+        found = await inspection.newest_incidents(conn, 10)
+        assert await inspection.count_incidents(conn) == (0, 0)
+    assert [(one.kind, one.generation, one.subject, one.codes) for one in found] == [("quarantine", 1, "CAMP-001", 0)]
+    assert found[0].detail.startswith("40 codes are in quarantine: ")
+    assert (await stage.audit()).findings == []

@@ -14,16 +14,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import tokens
 from service.catalogue import Cap
+from service.domain import Request
 from service.errors import StoreIsOlder
 from service.scripts import Answer
-from service.store import campaigns, clients, control, ledger, schema
+from service.store import campaigns, clients, control, inspection, ledger, recreation, schema
 from service.store.database import Database
+from service.store.flush import RECREATED
 from service.store.stock import Row
 from service.worker import repair as repairing
 from service.worker.publish import change
 from service.worker.repair import Repair
 from service.worker.stocking import import_codes
 from tests.integration.stage import DISTRIBUTOR, IDS, Stage, staged
+from tests.scripting import record_of
 from tests.servers import PostgresServer
 
 LOST = [f"lost-{n}" for n in range(30)]
@@ -247,3 +250,34 @@ async def test_vouchers_of_the_other_api_come_back_with_their_ids(older: Older) 
         after = await conn.scalar(voucher_id)
     assert found[record.key] == record
     assert before == after is not None
+
+
+async def test_outbox_entry_that_comes_after_its_request_was_recreated_takes_the_place(older: Older) -> None:
+    """A worker that slept flushes what another one had flushed into the store that is gone: no code is given twice."""
+    stage = older.stage
+    (record,) = _codes(await stage.issue("slow"))
+    whole = record_of(Request("v1", DISTRIBUTOR, "slow", DISTRIBUTOR, ("PAY",), "T1\tPAY"), record)
+    for written in (1, 0):
+        assert await recreation.recreate(stage.database, 0, [whole], int(time.time())) == (written, 0)
+    assert await _generations(stage, "slow") == [RECREATED]
+    assert (await stage.flush.run_once()).incidents == 0
+    assert await _generations(stage, "slow") == [1]
+    assert await recreation.recreate(stage.database, 0, [whole], int(time.time())) == (0, 0)
+    assert (await stage.audit()).findings == []
+
+
+async def test_code_of_a_recreated_request_that_another_request_has_is_an_incident(older: Older) -> None:
+    """A stand-in gives way to its own request alone."""
+    stage = older.stage
+    (record,) = _codes(await stage.issue("first"))
+    await stage.flush.run_once()
+    other = record_of(Request("v1", DISTRIBUTOR, "other", DISTRIBUTOR, ("PAY",), "T1\tPAY"), record)
+    assert await recreation.recreate(stage.database, 0, [other], int(time.time())) == (1, 0)
+    async with stage.database.read() as conn:
+        assert [one.kind for one in await inspection.open_incidents(conn)] == ["double_issue"]
+    assert await _generations(stage, "first") == [1]
+
+
+async def _generations(stage: Stage, key: str) -> list[int]:
+    async with stage.database.read() as conn:
+        return list(await conn.scalars(select(schema.requests.c.generation).where(schema.requests.c.key == key)))
