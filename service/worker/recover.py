@@ -40,9 +40,9 @@ log = structlog.get_logger()
 # Counts and records of one restoring script: some 1 ms, in which Redis does nothing else.
 RESTORE_MAX: Final = 500
 
-# Records read at once, and how often in one step: a second or so, then everything else gets its turn.
+# Records read at once, and how often in one step: two or three seconds, then it is looked whether to roll again.
 PAGE_MAX: Final = 5_000
-PAGES_MAX: Final = 10
+PAGES_MAX: Final = 20
 
 # Keys looked at in one SCAN, and unlinked at once.
 UNLINK_MAX: Final = 500
