@@ -84,7 +84,7 @@ async def more_records(
     for start in range(0, count, ROWS):
         pipe = scripts.redis.pipeline(transaction=False)
         for number in range(start, min(start + ROWS, count)):
-            code = Code(now + NEVER_S, 1, number, f"B{number:08d}-00000000", f"SER{number:09d}")
+            code = Code(now + NEVER_S, 1, number, f"PSCF-XYZ-{number:06d}", f"SER-{number:06d}")
             record = Record(f"AT-{number % 1_000}\tPAY", "v1", DISTRIBUTOR, DISTRIBUTOR, "", now, rule, (code,))
             key = keys.replay(scripts.partition, generation, "v1", DISTRIBUTOR, str(uuid.uuid4()))
             pipe.set(key, record.pack(), ex=life_s(number))

@@ -104,7 +104,7 @@ async def _filled(name: str, server: RedisServer, count: int) -> Kept:
         last = ""
         for start in range(0, count, LEASE):
             numbers = range(start, min(start + LEASE, count))
-            codes = [Code(int(time.time()) + NEVER_S, 1, n, f"B{n:08d}-00000000", f"SER{n:09d}") for n in numbers]
+            codes = [Code(int(time.time()) + NEVER_S, 1, n, f"PSCF-XYZ-{n:06d}", f"SER-{n:06d}") for n in numbers]
             await scripts.restock(CAMPAIGN, str(start), last, codes, generation=1, stock_version=1, low_water=20)
             last = str(start)
         with_codes = await _used(redis)

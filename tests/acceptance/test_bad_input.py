@@ -197,12 +197,12 @@ def assert_clean(answer: Answer) -> None:
 
 
 @pytest.fixture(scope="module")
-def edge(servers_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+def edge(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     directory = tmp_path_factory.mktemp("edge")
     valkey = RedisServer(get_binary_path(), directory / "valkey")
     timeout_ms = str(int(RECEIVE_TIMEOUT_S * 1000))
     service = Service(
-        valkey, sqlite_url(directory / "store.db"), directory / "log", VOUCHERD_RECEIVE_TIMEOUT_MS=timeout_ms
+        valkey, sqlite_url(directory / "store.db"), directory / "log", program, VOUCHERD_RECEIVE_TIMEOUT_MS=timeout_ms
     )
     with contextlib.ExitStack() as closing:
         closing.callback(valkey.kill)
