@@ -41,8 +41,10 @@ FILL: Final = 2
 # Weight of the newest rate in the running one: some five steps of memory, so that a peak is believed within seconds.
 RATE_WEIGHT: Final = 0.3
 
-# How often a chain that does not fit is looked at again before it is called forked: another worker may just be ahead.
+# How often a chain that does not fit, and that nobody moves, is looked at before it is called forked; and how often at
+# one that others move, before it is left to them.
 FORK_LOOKS: Final = 3
+LOOKS_MAX: Final = 20
 
 
 class Refilled(msgspec.Struct, frozen=True):
@@ -191,9 +193,14 @@ class Refill:
         return Refilled(added)
 
     async def _unapplied(self, generation: int, pool: str, last: str) -> stock.Lease | None:
-        """The lease that comes after ``last``, a stand-in for ``last`` itself if that is the chain's end, or None if
-        the chain does not go on from ``last``."""
-        for _ in range(FORK_LOOKS):
+        """The lease that comes after ``last``, a stand-in for ``last`` itself if that is the chain's end or nothing is
+        to be done, or None if the chain does not go on from ``last``.
+
+        Store and Redis are looked at one after the other, so another worker may be ahead each time: it is no fork as
+        long as anything moves.
+        """
+        seen, still = ("", ""), 0
+        for _ in range(LOOKS_MAX):
             async with self._database.read() as conn:
                 end = (await stock.chain_ends(conn, self._scripts.partition, generation)).get(pool)
             if end is None and not last:
@@ -205,7 +212,12 @@ class Refill:
             if books is None or not (await self._scripts.generation()).agrees:
                 return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
             last = books.windows[pool].lease
-        return None
+            here = ("" if end is None else end.id, last)
+            still = still + 1 if here == seen else 1
+            if still == FORK_LOOKS:
+                return None
+            seen = here
+        return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
 
     async def _fork(self, generation: int, pool: str) -> Refilled:
         """Leasing to this pool stops: what is in its window and what the store thinks of it do not fit."""

@@ -177,13 +177,14 @@ async def test_codes_that_were_imported_and_issued_after_the_backup_are_not_impo
         await older.stage.issue(*(f"late-{time.monotonic_ns()}-{n}" for n in range(20)))
     await older.stage.flush.run_once()
     issued = await _issued(older.stage)
-    assert any(code.startswith("late-") for code in issued), "the test means codes of the second import"
+    late = sum(code.startswith("late-") for code in issued)
+    assert late, "the test means codes of the second import"
     await older.put_back()
     await older.repair()
     assert await _issued(older.stage) == issued
     await older.stage.open()
-    again = await _reimport(older.stage)
-    assert 0 < again < 100
+    # What was issued is known again; of the others, what was in a window by then, which is more on a slow machine.
+    assert await _reimport(older.stage) <= 100 - late
     await older.stage.refill.run_once()
     new = _codes(await older.stage.issue(*(f"new-{n}" for n in range(10))))
     assert not issued & {record.split("\t")[-2] for record in new}
