@@ -6,7 +6,7 @@ leased twice, and in every committed state ``imported = stored + leased + withdr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -354,6 +354,27 @@ async def chain_ends(connection: AsyncConnection, partition: int, generation: in
     """Per pool that was ever leased from in this generation, the lease that no other one follows."""
     ends = await connection.execute(_CHAIN_ENDS, {"of_partition": partition, "of_generation": generation})
     return {row.pool: _lease(row) for row in ends}
+
+
+async def followers(
+    connection: AsyncConnection, partition: int, generation: int, last: Mapping[str, str]
+) -> dict[str, Lease]:
+    """Per pool, the lease that follows its lease of this id ('': the one that begins the chain), if there is one.
+
+    As many look-ups as pools, however long their chains are.
+    """
+    found: dict[str, Lease] = {}
+    wanted = list(last.items())
+    for start in range(0, len(wanted), IN_MAX):
+        rows = await connection.execute(
+            select(leases).where(
+                leases.c.partition == partition,
+                leases.c.generation == generation,
+                tuple_(leases.c.pool, leases.c.predecessor).in_(wanted[start : start + IN_MAX]),
+            )
+        )
+        found.update((row.pool, _lease(row)) for row in rows)
+    return found
 
 
 async def leases_known(connection: AsyncConnection, lease_ids: Sequence[str]) -> set[str]:

@@ -114,7 +114,6 @@ class Refill:
                 self._snapshot = await control.snapshot(conn, version)
             snapshot = self._snapshot
             versions = await stock.stock_versions(conn)
-            ends = await stock.chain_ends(conn, self._scripts.partition, seen.open)
         if seen.fence > version:
             return Refilled()  # the store is older than Redis; the watch says so
         least_life = {pool.id: pool.least_life_s for pool in snapshot.pools}
@@ -122,15 +121,16 @@ class Refill:
         books = await self._scripts.books(pools, generation=seen.open)
         if books is None:
             return Refilled()
+        async with self._database.read() as conn:
+            last = {pool: window.lease for pool, window in books.windows.items()}
+            unapplied = await stock.followers(conn, self._scripts.partition, seen.open, last)
         total, checked = Refilled(), False
         for pool, window in books.windows.items():
             if window.stock < versions[pool]:
                 await self._scripts.stock(pool, versions[pool], generation=seen.open)
             low = self._low(pool, window)
-            end = ends.get(pool)
-            applied = end is None or end.id == window.lease
             if (seen.open, pool) in self._forked or (
-                applied and (window.length >= low or window.exhausted == versions[pool])
+                pool not in unapplied and (window.length >= low or window.exhausted == versions[pool])
             ):
                 continue
             if not checked:  # once a step: what is leased from an older store may have been leased before
@@ -153,7 +153,8 @@ class Refill:
             lease = await self._unapplied(generation, pool, last)
             if lease is None:
                 return msgspec.structs.replace(await self._fork(generation, pool), codes=added)
-            if lease.id == last:  # all that is leased is applied: lease more
+            if not lease.codes:  # all that is leased is applied, maybe by another worker since: lease more
+                last = lease.id
                 wanted = min(FILL * low - length, LEASE_CODES_MAX)
                 if wanted <= 0:
                     break
@@ -193,31 +194,37 @@ class Refill:
         return Refilled(added)
 
     async def _unapplied(self, generation: int, pool: str, last: str) -> stock.Lease | None:
-        """The lease that comes after ``last``, a stand-in for ``last`` itself if that is the chain's end or nothing is
-        to be done, or None if the chain does not go on from ``last``.
+        """The lease that comes after ``last``, one without codes if there is none (its id is that of the last one that
+        is applied), or None if the chain does not go on from ``last``.
 
         Store and Redis are looked at one after the other, so another worker may be ahead each time: it is no fork as
         long as anything moves.
         """
+
+        def nothing_after(last: str) -> stock.Lease:
+            return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
+
         seen, still = ("", ""), 0
         for _ in range(LOOKS_MAX):
             async with self._database.read() as conn:
-                end = (await stock.chain_ends(conn, self._scripts.partition, generation)).get(pool)
-            if end is None and not last:
-                return stock.Lease("", "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
-            if end is not None and last in (end.id, end.predecessor):
-                return end
+                after = (await stock.followers(conn, self._scripts.partition, generation, {pool: last})).get(pool)
+                if after is None and (not last or await stock.leases_known(conn, [last])):
+                    return nothing_after(last)
+                if after is not None and not await stock.followers(
+                    conn, self._scripts.partition, generation, {pool: after.id}
+                ):
+                    return after
             books = await self._scripts.books([pool], generation=generation)
             # An older copy of the data ends its chain earlier; nothing is issued from it, and it is no fork.
             if books is None or not (await self._scripts.generation()).agrees:
-                return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
+                return nothing_after(last)
             last = books.windows[pool].lease
-            here = ("" if end is None else end.id, last)
+            here = ("" if after is None else after.id, last)
             still = still + 1 if here == seen else 1
             if still == FORK_LOOKS:
                 return None
             seen = here
-        return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
+        return nothing_after(last)
 
     async def _fork(self, generation: int, pool: str) -> Refilled:
         """Leasing to this pool stops: what is in its window and what the store thinks of it do not fit."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import pytest
 from sqlalchemy import select
@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service import keys
 from service.store import schema
 from service.store.database import Database
-from service.store.stock import Lease, Row, chain_ends
+from service.store.stock import Lease, Row, followers
 from service.worker import refill
 from service.worker.refill import Refill
 from service.worker.stocking import import_codes
@@ -52,16 +52,18 @@ async def test_a_worker_that_others_overtake_at_each_look_calls_it_no_fork(
     await other.run_once()
     looks, looking = 0, False
 
-    async def overtaken(conn: AsyncConnection, partition: int, generation: int) -> dict[str, Lease]:
+    async def overtaken(
+        conn: AsyncConnection, partition: int, generation: int, last: Mapping[str, str]
+    ) -> dict[str, Lease]:
         nonlocal looks, looking
         if not looking and looks < OVERTAKEN:
             looks, looking = looks + 1, True
             for turn in range(2):
                 await _lease_again(stage, other, f"look-{looks}-{turn}")
             looking = False
-        return await chain_ends(conn, partition, generation)
+        return await followers(conn, partition, generation, last)
 
-    monkeypatch.setattr(refill.stock, "chain_ends", overtaken)
+    monkeypatch.setattr(refill.stock, "followers", overtaken)
     await stage.issue(*(f"first-{number}" for number in range(35)))  # so that there is something to refill
     done = await stage.refill.run_once()
     assert looks == OVERTAKEN
