@@ -29,11 +29,11 @@ from service.worker.generating import Fill
 log = structlog.get_logger()
 
 # Codes of one lease.  Everybody who asks for a voucher meanwhile waits for the script that applies it, 2 us a code on a
-# slow machine: with 5,000 a lease this was most of p99 (docs/performance.md).
-LEASE_CODES_MAX: Final = 1_000
+# slow machine; fewer a lease cost the worker more CPU a code, which it takes from who serves (docs/performance.md).
+LEASE_CODES_MAX: Final = 2_500
 
 # Leases of one pool in one step: enough for a window over many small lots, and other pools get their turn.
-LEASES_MAX: Final = 40
+LEASES_MAX: Final = 16
 
 # A window is filled to this many times its low water, so that refills are rarer than issues by that much.
 FILL: Final = 2
