@@ -18,7 +18,7 @@ from service.worker.stocking import import_codes
 from tests.integration.stage import Stage, staged
 
 POOL = "CAMP-001"
-CODES = 20_000
+CODES = 2_000
 OVERTAKEN = 8  # looks at which others are ahead: more than a chain that does not fit is looked at
 
 
@@ -29,6 +29,11 @@ async def stage(database: Database, valkey_url: str) -> AsyncIterator[Stage]:
         rows = [Row(line, f"CODE-{line:05}", None, None) for line in range(1, CODES + 1)]
         await import_codes(stage.database, stage.scripts, POOL, rows, import_id="first")
         yield stage
+
+
+def _worker(stage: Stage) -> Refill:
+    """One that sees no burn rate, whatever the machine: its clock stands still, and a window is 40 codes."""
+    return Refill(stage.database, stage.scripts, low_water=20, store_outage_s=1, clock=lambda: 0.0)
 
 
 async def _lease_again(stage: Stage, worker: Refill, name: str) -> None:
@@ -48,7 +53,7 @@ async def _forks(stage: Stage) -> int:
 async def test_a_worker_that_others_overtake_at_each_look_calls_it_no_fork(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Refill(stage.database, stage.scripts, low_water=20, store_outage_s=1)
+    slow, other = _worker(stage), _worker(stage)
     await other.run_once()
     looks, looking = 0, False
 
@@ -65,25 +70,26 @@ async def test_a_worker_that_others_overtake_at_each_look_calls_it_no_fork(
 
     monkeypatch.setattr(refill.stock, "followers", overtaken)
     await stage.issue(*(f"first-{number}" for number in range(35)))  # so that there is something to refill
-    done = await stage.refill.run_once()
+    done = await slow.run_once()
     assert looks == OVERTAKEN
     assert done.forked == 0
     assert await _forks(stage) == 0
     monkeypatch.undo()
-    await _lease_again(stage, stage.refill, "last")
+    await _lease_again(stage, slow, "last")
     await stage.flush.drain((await stage.scripts.generation()).open)
     assert (await stage.audit()).findings == []
 
 
 async def test_a_chain_that_does_not_fit_and_that_nobody_moves_stops_leasing(stage: Stage) -> None:
-    await stage.refill.run_once()
+    worker = _worker(stage)
+    await worker.run_once()
     generation = (await stage.scripts.generation()).open
     held = keys.pool(0, generation, POOL)
     first = await stage.scripts.redis.hget(held, "lease")
     for turn in range(2):
-        await _lease_again(stage, stage.refill, f"turn-{turn}")
+        await _lease_again(stage, worker, f"turn-{turn}")
     await stage.scripts.redis.hset(held, "lease", first)
     for _ in range(2):
-        done = await Refill(stage.database, stage.scripts, low_water=20, store_outage_s=1).run_once()
+        done = await _worker(stage).run_once()
         assert (done.codes, done.forked) == (0, 1)
     assert await _forks(stage) > 0
