@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Sized
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -423,6 +423,25 @@ def period_bounds(kind: Period, time_zone: str, now: int) -> tuple[int, int, int
 
 
 TOTAL_END: Final = 1 << 52
+
+
+class Counted(NamedTuple):
+    """A counter of a campaign's caps, over the period from ``start``.  ``expires_at``: when Redis may forget it, 0:
+    never."""
+
+    counter: Counter
+    start: int
+    expires_at: int
+
+
+def counted_by(campaign: Campaign, at: int) -> list[Counted]:
+    """Of every kind of period that a cap of the campaign or of an assignment is over, the one that holds ``at``."""
+    found = []
+    for period in sorted({cap.period for caps in (campaign.caps, *campaign.assigned.values()) for cap in caps}):
+        start, middle, _ = period_bounds(period, campaign.time_zone, at)
+        expires_at = 0 if period == "total" else 2 * middle - start
+        found.append(Counted(Counter(campaign.id, period, campaign.time_zone), start, expires_at))
+    return found
 
 
 def period_start(kind: Literal["day", "hour"], time_zone: str, at: int) -> int:

@@ -14,11 +14,11 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys, metrics
-from service.catalogue import cap_field, period_bounds
+from service.catalogue import cap_field, counted_by
 from service.domain import CapHolder, Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
 from service.identity import NO_KEYS, IdKeys
-from service.scripts import Count, Counter, Scripts, counter_key, parse_separated, sequences
+from service.scripts import Count, Scripts, counter_key, parse_separated, sequences
 from service.store import campaigns, control, ledger
 from service.store.database import Database
 from service.store.ledger import Entry
@@ -255,13 +255,10 @@ async def _counts(
         campaign = campaigns.get(record.rule.campaign)
         if campaign is None:
             continue
-        periods = {cap.period for caps in (campaign.caps, *campaign.assigned.values()) for cap in caps}
-        for period in sorted(periods):
-            start, middle, _ = period_bounds(period, campaign.time_zone, record.issued_at)
-            expires_at = 0 if period == "total" else 2 * middle - start
+        for counter, start, expires_at in counted_by(campaign, record.issued_at):
             if expires_at and expires_at <= now:
                 continue
-            key = counter_key(partition, generation, Counter(campaign.id, period, campaign.time_zone), start)
+            key = counter_key(partition, generation, counter, start)
             fields = [cap_field(holder, record.distributor, record.terminal) for holder in get_args(CapHolder)]
             counts += [Count(key, field, len(record.codes), expires_at) for field in fields]
     return counts

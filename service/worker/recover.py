@@ -23,11 +23,10 @@ from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys, metrics
-from service.catalogue import Snapshot, cap_field, period_bounds
+from service.catalogue import Snapshot, cap_field, counted_by
 from service.domain import Record
 from service.errors import RedisUnreachable
 from service.scripts import Count, Generation, Scripts, counter_key
-from service.scripts import Counter as CapCounter
 from service.store import books, control, generations, inspection, ledger, recreation
 from service.store.books import Quarantined
 from service.store.database import Database
@@ -241,8 +240,8 @@ class Recover:
         counts: list[Count] = []
         for campaign in snapshot.campaigns:
             caps = {(cap.holder, cap.period) for some in (campaign.caps, *campaign.assigned.values()) for cap in some}
-            for period in sorted({period for _, period in caps}):
-                start, middle, _ = period_bounds(period, campaign.time_zone, now)
+            for counter, start, expires_at in counted_by(campaign, now):
+                period = counter.period
                 own = {key: at for key, at in counted_from.items() if key[0] == campaign.id and key[3] == period}
                 used: Counter[str] = Counter()
                 for began in sorted(set(own.values())):
@@ -254,10 +253,7 @@ class Recover:
                     since = max(start, own[campaign.id, "", "campaign", period])
                     left = [one for one in lost if one.pool == campaign.pool and one.left_at >= since]
                     used[cap_field("campaign", "")] += sum(min(one.codes, self._outbox_max) for one in left)
-                key = counter_key(
-                    self._partition, generation, CapCounter(campaign.id, period, campaign.time_zone), start
-                )
-                expires_at = 0 if period == "total" else 2 * middle - start
+                key = counter_key(self._partition, generation, counter, start)
                 counts += [Count(key, field, codes, expires_at) for field, codes in used.items() if codes]
         return counts
 
@@ -267,12 +263,8 @@ class Recover:
         used = {(count.key, count.field): count for count in counts}
         now = self._now()
         for campaign in snapshot.campaigns:
-            caps = {cap.period for some in (campaign.caps, *campaign.assigned.values()) for cap in some}
-            for period in sorted(caps):
-                start, middle, _ = period_bounds(period, campaign.time_zone, now)
-                counter = CapCounter(campaign.id, period, campaign.time_zone)
+            for counter, start, expires_at in counted_by(campaign, now):
                 key = counter_key(self._partition, generation, counter, start)
-                expires_at = 0 if period == "total" else 2 * middle - start
                 try:
                     had = await self._scripts.redis.hgetall(counter_key(self._partition, left, counter, start))
                 except RedisError as error:
