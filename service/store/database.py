@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
 import aiosqlite
@@ -30,6 +30,9 @@ POSTGRESQL: Final = "postgresql+asyncpg"
 # A worker runs about six loops, an operator's command one or two transactions at a time: more connections
 # than this are a leak, and many processes share one server's connection limit (100 by default).
 CONNECTIONS_MAX: Final = 8
+# Values in one IN list: below every limit of both databases (SQLite: 32,766 parameters), large enough that the
+# statements themselves don't count.
+IN_MAX: Final = 500
 CONNECT_S: Final = 3.0
 # The longest statement of the hot paths, 5,000 rows by COPY, takes well under a second; five of them say that
 # the server is stuck rather than slow.  Audits and migrations pass a longer one.
@@ -58,6 +61,8 @@ _UNREACHABLE_STATES: Final = (
 _MISCONFIGURED_STATES: Final = ("28", "3D000")  # password or role refused, no such database
 _UNREACHABLE_SQLITE: Final = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_FULL",
                               "SQLITE_PROTOCOL", "SQLITE_READONLY")  # fmt: skip
+
+_T = TypeVar("_T")
 
 
 class Database:
@@ -154,6 +159,12 @@ async def check_migrated(database: Database) -> None:
         raise Misconfigured(f"the store's schema {newer[0]} is newer than this voucherd: run that version instead")
     if found != [REVISIONS[-1]]:
         raise Misconfigured(f"the store's schema is {found[0]}, not {REVISIONS[-1]}: run `voucherd migrate` first")
+
+
+def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """``values`` in parts that fit into an IN list."""
+    for start in range(0, len(values), IN_MAX):
+        yield values[start : start + IN_MAX]
 
 
 async def insert_records(

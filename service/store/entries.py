@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from service.domain import RECORD_SEPARATOR, Code, Record, Rule
 from service.identity import IdKeys
 from service.store.schema import LITTLE_LIFE, WITHDRAWN
-from service.store.stock import IN_MAX, digest
+from service.store.stock import digest
 
 INTEGER_MAX: Final = 2**63 - 1
-
-_T = TypeVar("_T")
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -61,12 +59,6 @@ class Way(NamedTuple):
 def way_of(row: Any) -> Way:
     """The key of a row, from its four columns."""
     return Way(row.partition, row.generation, row.outbox_seq, row.ordinal)
-
-
-def chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """``values`` in parts that fit into an IN list."""
-    for start in range(0, len(values), IN_MAX):
-        yield values[start : start + IN_MAX]
 
 
 class RequestRow(NamedTuple):

@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import LedgerLacks, StoreUnreachable
 from service.identity import NO_KEYS, IdKeys
 from service.store import generations, stock
-from service.store.database import Database, insert_records
+from service.store.database import Database, chunks, insert_records
 from service.store.entries import (
     AsideRow,
     Entry,
@@ -36,7 +36,6 @@ from service.store.entries import (
     RequestRow,
     Rows,
     Way,
-    chunks,
     rows_of,
     unfit,
     way_of,

@@ -13,7 +13,8 @@ from sqlalchemy import ColumnElement, FromClause, Row, Select, Table, and_, func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
-from service.store.entries import Entry, Way, chunks, unfit, way_of
+from service.store.database import chunks
+from service.store.entries import Entry, Way, unfit, way_of
 from service.store.flush import DOUBLE_ISSUE, QUARANTINE, Flushed, flush, lacking, park, raise_incident
 from service.store.schema import WAY, codes, incidents, issuances, lots, requests
 from service.store.stock import digest

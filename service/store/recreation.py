@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain import Code, Record
 from service.identity import NO_KEYS, IdKeys
 from service.store import generations, stock
-from service.store.database import Database, insert_records
-from service.store.entries import Entry, chunks, unfit
+from service.store.database import Database, chunks, insert_records
+from service.store.entries import Entry, unfit
 from service.store.flush import RECREATED, STORE_OLDER, is_request_of, raise_incident, write_unknown
 from service.store.schema import (
     audit_log,

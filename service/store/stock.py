@@ -6,7 +6,7 @@ leased twice, and in every committed state ``imported = stored + leased + withdr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +19,7 @@ from service.domain import Code
 from service.errors import Conflict, GenerationClosed, NotFound
 from service.store import intake
 from service.store.control import ID
+from service.store.database import chunks
 from service.store.intake import Earlier, Placed
 from service.store.intake import Refused as Refused  # these three are had from here: what a line is belongs to stock
 from service.store.intake import Row as Row
@@ -27,9 +28,6 @@ from service.store.schema import codes, generations, imports, leases, lots, pool
 
 # One transaction holds the pool's lock, and on SQLite the only write lock: a flush must never wait long.
 CHUNK_ROWS_MAX: Final = 5_000
-# Values in one IN list: below every limit of both databases (SQLite: 32,766 parameters), large enough that the
-# statements themselves don't count.
-IN_MAX: Final = 500
 # Each repetition means that another pool's import committed one of the same codes just then.
 COLLISIONS_MAX: Final = 10
 
@@ -281,7 +279,6 @@ async def lease(
     )
     if state.scalar_one_or_none() not in ("building", "open"):
         raise GenerationClosed(f"generation {generation} of partition {partition} is closed: nothing is leased to it")
-    chain = (leases.c.partition == partition, leases.c.generation == generation, leases.c.pool == pool)
     known = (await connection.execute(select(leases).where(leases.c.id == lease_id))).first()
     if known is not None:
         again = _lease(known)
@@ -290,7 +287,7 @@ async def lease(
         ):  # fmt: skip
             return again
         raise Conflict(f"lease {lease_id} exists already, and is another one")
-    if not await _ends(connection, chain, predecessor):
+    if not await ends_with(connection, partition, generation, pool, predecessor):
         raise Conflict(f"lease {predecessor or '(none)'} is not the end of pool {pool}'s chain")
     first = (
         select(lots)
@@ -364,13 +361,12 @@ async def followers(
     As many look-ups as pools, however long their chains are.
     """
     found: dict[str, Lease] = {}
-    wanted = list(last.items())
-    for start in range(0, len(wanted), IN_MAX):
+    for some in chunks(list(last.items())):
         rows = await connection.execute(
             select(leases).where(
                 leases.c.partition == partition,
                 leases.c.generation == generation,
-                tuple_(leases.c.pool, leases.c.predecessor).in_(wanted[start : start + IN_MAX]),
+                tuple_(leases.c.pool, leases.c.predecessor).in_(some),
             )
         )
         found.update((row.pool, _lease(row)) for row in rows)
@@ -380,14 +376,14 @@ async def followers(
 async def leases_known(connection: AsyncConnection, lease_ids: Sequence[str]) -> set[str]:
     """Those of these leases that the store has made."""
     known: set[str] = set()
-    for start in range(0, len(lease_ids), IN_MAX):
-        some = lease_ids[start : start + IN_MAX]
+    for some in chunks(lease_ids):
         known.update(await connection.scalars(select(leases.c.id).where(leases.c.id.in_(some))))
     return known
 
 
-async def _ends(connection: AsyncConnection, chain: Iterable[Any], lease_id: str) -> bool:
-    """Whether the chain ends with this lease ('': is empty).  Two look-ups, however long the chain is."""
+async def ends_with(connection: AsyncConnection, partition: int, generation: int, pool: str, lease_id: str) -> bool:
+    """Whether the pool's chain ends with this lease ('': is empty).  Two look-ups, however long the chain is."""
+    chain = (leases.c.partition == partition, leases.c.generation == generation, leases.c.pool == pool)
     if lease_id:
         there = select(leases.c.id).where(*chain, leases.c.id == lease_id)
         if (await connection.execute(there)).first() is None:

@@ -64,7 +64,7 @@ class Held(msgspec.Struct, frozen=True):
 async def found(conn: AsyncConnection, wanted: Collection[tuple[str, bytes]]) -> dict[tuple[str, bytes], Held]:
     """Those of the (client, voucher id) that are vouchers of this client, each under its own; by one statement.
 
-    At most ``entries.IN_MAX`` ids.
+    At most ``database.IN_MAX`` ids.
     """
     ids = sorted({id for _, id in wanted})
     rows = await conn.execute(_vouchers().where(issuances.c.voucher_id.in_(ids)))

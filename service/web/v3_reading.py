@@ -20,8 +20,7 @@ from service.errors import Fault, RedisUnreachable
 from service.logs import where
 from service.scripts import Scripts
 from service.store import generations, vouchers
-from service.store.database import Database
-from service.store.stock import IN_MAX
+from service.store.database import IN_MAX, Database
 from service.store.vouchers import Held
 
 log = structlog.get_logger(__name__)
