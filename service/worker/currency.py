@@ -27,7 +27,7 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
         pools = list(await stock.stock_versions(conn))
     books = await scripts.books(pools, generation=seen.open) if seen.open else None
     catalogue = await catalogue_at(scripts, seen.fence)
-    shown = await shown_catalogue(scripts)
+    shown = await shown_catalogue(scripts, seen.fence)
     async with database.read() as conn:
         if older := await older_catalogue(conn, seen.fence, catalogue) or await lacks_shown(conn, shown):
             raise StoreIsOlder(older)
@@ -36,10 +36,8 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
         if books and await recreation.was_repaired(conn, scripts.partition, seen.open):
             return seen, books
         lost = await ledger.lacking(conn, scripts.partition, seen.open, books.flushed) if books else []
-        last = {pool: window.lease for pool, window in books.windows.items() if window.lease} if books else {}
-        known = await stock.leases_known(conn, list(last.values()))
+        unknown = await unknown_leases(conn, books) if books else []
         versions = await stock.stock_versions(conn)
-    unknown = [pool for pool, lease in last.items() if lease not in known]
     if seen.open > newest:
         raise StoreIsOlder(f"the store is older than Redis: it knows generation {newest}, Redis has {seen.open} open")
     if unknown:
@@ -56,19 +54,27 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
     return seen, books
 
 
-async def catalogue_at(scripts: Scripts, fence: int) -> bytes | None:
-    """What Redis has of catalogue ``fence``; None if it has none of it.  Raises RedisUnreachable."""
-    if fence < 1:
+async def unknown_leases(conn: AsyncConnection, books: Books) -> list[str]:
+    """Pools of whose last lease in Redis the store knows nothing."""
+    last = {pool: window.lease for pool, window in books.windows.items() if window.lease}
+    known = await stock.leases_known(conn, list(last.values()))
+    return [pool for pool, lease in last.items() if lease not in known]
+
+
+async def catalogue_at(scripts: Scripts, version: int) -> bytes | None:
+    """What Redis has of catalogue ``version``; None if it has none of it.  Raises RedisUnreachable."""
+    if version < 1:
         return None
     try:
-        text = await scripts.redis.get(keys.catalogue(fence))
+        text = await scripts.redis.get(keys.catalogue(version))
     except RedisError as error:
         raise RedisUnreachable from error
     return text.encode("utf-8", "surrogateescape") if text is not None else None
 
 
-async def shown_catalogue(scripts: Scripts) -> tuple[int, bytes | None]:
-    """The version that processes were shown last, which may not be in force yet, and what Redis has of it.
+async def shown_catalogue(scripts: Scripts, fence: int) -> tuple[int, bytes | None]:
+    """The version that processes were shown last, and what Redis has of it if it is not the one at the ``fence``, which
+    whoever asks has read already.
 
     Raises RedisUnreachable.
     """
@@ -76,7 +82,7 @@ async def shown_catalogue(scripts: Scripts) -> tuple[int, bytes | None]:
         version = int(await scripts.redis.get(keys.catalogue_newest()) or 0)
     except RedisError as error:
         raise RedisUnreachable from error
-    return version, await catalogue_at(scripts, version)
+    return version, None if version == fence else await catalogue_at(scripts, version)
 
 
 async def lacks_shown(conn: AsyncConnection, shown: tuple[int, bytes | None]) -> str:

@@ -132,7 +132,7 @@ async def _in_force(scripts: Scripts) -> tuple[int, bytes | None, tuple[int, byt
     """The fence, what Redis has of that catalogue, and what processes were shown last; None while Redis is away."""
     try:
         fence = (await scripts.generation()).fence
-        return fence, await catalogue_at(scripts, fence), await shown_catalogue(scripts)
+        return fence, await catalogue_at(scripts, fence), await shown_catalogue(scripts, fence)
     except RedisUnreachable:
         return None
 

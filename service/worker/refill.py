@@ -200,19 +200,18 @@ class Refill:
         Store and Redis are looked at one after the other, so another worker may be ahead each time: it is no fork as
         long as anything moves.
         """
+        chain = (self._scripts.partition, generation, pool)
 
         def nothing_after(last: str) -> stock.Lease:
-            return stock.Lease(last, "", self._scripts.partition, generation, pool, 0, 0, 0, 0)
+            return stock.Lease(last, "", *chain, 0, 0, 0, 0)
 
         seen, still = ("", ""), 0
         for _ in range(LOOKS_MAX):
             async with self._database.read() as conn:
-                after = (await stock.followers(conn, self._scripts.partition, generation, {pool: last})).get(pool)
-                if after is None and (not last or await stock.leases_known(conn, [last])):
+                if await stock.ends_with(conn, *chain, last):
                     return nothing_after(last)
-                if after is not None and not await stock.followers(
-                    conn, self._scripts.partition, generation, {pool: after.id}
-                ):
+                after = (await stock.followers(conn, *chain[:2], {pool: last})).get(pool)
+                if after is not None and await stock.ends_with(conn, *chain, after.id):
                     return after
             books = await self._scripts.books([pool], generation=generation)
             # An older copy of the data ends its chain earlier; nothing is issued from it, and it is no fork.

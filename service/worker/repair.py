@@ -30,7 +30,7 @@ from service.store import control, generations, recreation, reinstatement, stock
 from service.store.database import Database
 from service.store.recreation import Extent, Moved
 from service.store.reinstatement import Difference
-from service.worker.currency import refuse_older
+from service.worker.currency import catalogue_at, refuse_older, unknown_leases
 from service.worker.flush import Flush, parse
 from service.worker.recover import Recover
 
@@ -185,9 +185,7 @@ async def _commit(conn: AsyncConnection, redis: _Redis, actor: str, now: int) ->
         found = await reinstatement.reinstate(conn, snapshot, now, since)
     again = await recreation.was_repaired(conn, partition, seen.open)
     rolled_since = seen.open > 0 and await generations.state(conn, partition, seen.open) is None
-    leases = {pool: window.lease for pool, window in books.windows.items() if window.lease} if books else {}
-    known = await stock.leases_known(conn, list(leases.values()))
-    unnamed = {pool for pool, lease in leases.items() if lease not in known}
+    unnamed = set(await unknown_leases(conn, books)) if books else set[str]()
     # A generation that the store never knew was left: what others before it were leased is named by nothing but what
     # comes after it.
     used = {one.pool for one in snapshot.campaigns} if snapshot is not None else await control.pools_in_use(conn, 0)
@@ -247,9 +245,8 @@ class _Redis:
             async for found in self._keys():
                 self.generations |= {number for name in found if (number := keys.generation_of(name))}
                 for version in filter(None, map(keys.catalogue_version, found)):
-                    text = await self._scripts.redis.get(keys.catalogue(version))
-                    if text is not None:
-                        self.published[version] = text.encode("utf-8", "surrogateescape")
+                    if (blob := await catalogue_at(self._scripts, version)) is not None:
+                        self.published[version] = blob
         except RedisError as error:
             raise RedisUnreachable from error
         self.highest_version = max(self.highest_version, newest, *self.published)

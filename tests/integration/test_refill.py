@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
 
 import pytest
 from sqlalchemy import select
@@ -11,15 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service import keys
 from service.store import schema
 from service.store.database import Database
-from service.store.stock import Lease, Row, followers
-from service.worker import refill
+from service.store.stock import Row
 from service.worker.refill import Refill
 from service.worker.stocking import import_codes
 from tests.integration.stage import Stage, staged
 
 POOL = "CAMP-001"
 CODES = 2_000
-OVERTAKEN = 8  # looks at which others are ahead: more than a chain that does not fit is looked at
+OVERTAKEN = 12  # looks at which others are ahead: many more than a chain that does not fit is looked at
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ async def stage(database: Database, valkey_url: str) -> AsyncIterator[Stage]:
         yield stage
 
 
-def _worker(stage: Stage) -> Refill:
+def _worker(stage: Stage, database: Database | None = None) -> Refill:
     """One that sees no burn rate, whatever the machine: its clock stands still, and a window is 40 codes."""
-    return Refill(stage.database, stage.scripts, low_water=20, store_outage_s=1, clock=lambda: 0.0)
+    return Refill(database or stage.database, stage.scripts, low_water=20, store_outage_s=1, clock=lambda: 0.0)
 
 
 async def _lease_again(stage: Stage, worker: Refill, name: str) -> None:
@@ -50,31 +51,37 @@ async def _forks(stage: Stage) -> int:
         )
 
 
-async def test_a_worker_that_others_overtake_at_each_look_calls_it_no_fork(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow, other = _worker(stage), _worker(stage)
-    await other.run_once()
-    looks, looking = 0, False
+class Overtaken:
+    """The store as a worker has it that others are ahead of: before each of its first looks they lease twice."""
 
-    async def overtaken(
-        conn: AsyncConnection, partition: int, generation: int, last: Mapping[str, str]
-    ) -> dict[str, Lease]:
-        nonlocal looks, looking
-        if not looking and looks < OVERTAKEN:
-            looks, looking = looks + 1, True
+    def __init__(self, stage: Stage, others: Refill) -> None:
+        self._stage = stage
+        self._others = others
+        self.looks = 0
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        if self.looks < OVERTAKEN:
+            self.looks += 1
             for turn in range(2):
-                await _lease_again(stage, other, f"look-{looks}-{turn}")
-            looking = False
-        return await followers(conn, partition, generation, last)
+                await _lease_again(self._stage, self._others, f"look-{self.looks}-{turn}")
+        async with self._stage.database.read() as conn:
+            yield conn
 
-    monkeypatch.setattr(refill.stock, "followers", overtaken)
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        return self._stage.database.write()
+
+
+async def test_a_worker_that_others_overtake_at_each_look_calls_it_no_fork(stage: Stage) -> None:
+    other = _worker(stage)
+    await other.run_once()
+    store = Overtaken(stage, other)
+    slow = _worker(stage, cast(Database, store))
     await stage.issue(*(f"first-{number}" for number in range(35)))  # so that there is something to refill
     done = await slow.run_once()
-    assert looks == OVERTAKEN
+    assert store.looks == OVERTAKEN
     assert done.forked == 0
     assert await _forks(stage) == 0
-    monkeypatch.undo()
     await _lease_again(stage, slow, "last")
     await stage.flush.drain((await stage.scripts.generation()).open)
     assert (await stage.audit()).findings == []
