@@ -28,6 +28,7 @@ from rich.table import Table
 from loadtest import contenders, plots
 from loadtest.client import Run, run
 from loadtest.contenders import DRY, Contender, Voucherd
+from loadtest.figures import keep, verdict
 from loadtest.load import ISSUED_SHARE_MIN, P99_MS_MAX, SHARES, Level, codes_for, sweep
 from loadtest.processes import cpu_us
 from loadtest.vouchers import Repeated, VoucherRequests
@@ -185,10 +186,10 @@ def _cpu(rounds: Sequence[dict[str, Measured]], name: str) -> dict[str, float]:
 def _print(rounds: Sequence[dict[str, Measured]], levels: Sequence[Level], options: argparse.Namespace) -> int:
     targets = [*_targets(rounds), *_load_targets(levels)]
     machine = _machine()
-    if options.json is not None:
-        figures = {"machine": machine, "options": {"requests": options.requests, "connections": options.connections},
-                   "rounds": rounds, "levels": levels, "targets": targets}  # fmt: skip
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    keep(options.json, {
+        "machine": machine, "options": {"requests": options.requests, "connections": options.connections},
+        "rounds": rounds, "levels": levels, "targets": targets,
+    })  # fmt: skip
     table = Table(
         title=f"Medians of {len(rounds)} rounds of {options.requests:,} requests; CPU in us a voucher",
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
@@ -232,7 +233,7 @@ class Target(msgspec.Struct, frozen=True):
     @property
     def verdict(self) -> str:
         """The limit, and whether it is kept."""
-        return f"at most {self.limit:g}: {'met' if self.met else 'MISSED'}"
+        return f"at most {self.limit:g}: {verdict(self.met)}"
 
 
 def _targets(rounds: Sequence[dict[str, Measured]]) -> Iterator[Target]:

@@ -98,9 +98,7 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         )  # fmt: skip
 
     def stock(count: int) -> None:
-        with (folder / "codes.csv").open("w") as file:
-            file.writelines(["code\n", *(f"B{number:08d}-{secrets.token_hex(4)}\n" for number in range(count))])
-        command("codes", "import", CAMPAIGN, str(folder / "codes.csv"))
+        command("codes", "import", CAMPAIGN, str(codes_file(folder, count)))
 
     up = subprocess.Popen(
         module("service.cli.main", "up", "--data-dir", str(data), "--port", "0", "--ops-port", "0"),
@@ -129,6 +127,14 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
     finally:
         up.terminate()
         up.wait(STOP_S_MAX)
+
+
+def codes_file(folder: Path, count: int) -> Path:
+    """A file to import, of so many codes that are in no other one."""
+    path = folder / "codes.csv"
+    with path.open("w") as file:
+        file.writelines(["code\n", *(f"B{number:08d}-{secrets.token_hex(4)}\n" for number in range(count))])
+    return path
 
 
 @contextmanager

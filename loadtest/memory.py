@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -28,9 +27,13 @@ from loadtest import contenders
 from loadtest.bulk import NEVER_S, more_campaigns, more_records
 from loadtest.client import run
 from loadtest.contenders import CAMPAIGN
+from loadtest.figures import keep, verdict
+from loadtest.processes import resident_mb
+from loadtest.servers import redis_like
 from service.domain import Code
 from service.line import connect
 from service.scripts import Scripts
+from service.worker.refill import LEASE_CODES_MAX
 from tests.servers import RedisServer
 
 # The targets, in bytes: a record by server, a code in a window by any.
@@ -42,7 +45,6 @@ CAMPAIGNS, SERVE_MB_MAX = 1_000, 100.0
 DRIFT_MB_MAX = 3.0
 SAMPLES = 10
 CONNECTIONS = 64
-LEASE = 1_000  # codes of one lease, as the worker makes them
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -83,13 +85,8 @@ def main() -> int:
 
 
 def _kept(name: str, binary: Path, count: int) -> Kept:
-    with tempfile.TemporaryDirectory(prefix="voucherd-") as folder:
-        server = RedisServer(binary, Path(folder))
-        server.start()
-        try:
-            return asyncio.run(_filled(name, server, count))
-        finally:
-            server.stop()
+    with tempfile.TemporaryDirectory(prefix="voucherd-") as folder, redis_like(Path(folder), binary) as server:
+        return asyncio.run(_filled(name, server, count))
 
 
 async def _filled(name: str, server: RedisServer, count: int) -> Kept:
@@ -102,8 +99,8 @@ async def _filled(name: str, server: RedisServer, count: int) -> Kept:
         await more_records(scripts, count, generation=1)
         with_records = await _used(redis)
         last = ""
-        for start in range(0, count, LEASE):
-            numbers = range(start, min(start + LEASE, count))
+        for start in range(0, count, LEASE_CODES_MAX):
+            numbers = range(start, min(start + LEASE_CODES_MAX, count))
             codes = [Code(int(time.time()) + NEVER_S, 1, n, f"PSCF-XYZ-{n:06d}", f"SER-{n:06d}") for n in numbers]
             await scripts.restock(CAMPAIGN, str(start), last, codes, generation=1, stock_version=1, low_water=20)
             last = str(start)
@@ -124,18 +121,14 @@ def _grown(requests: int, progress: Progress, task: TaskID) -> Iterator[Grown]:
     ):
         asyncio.run(more_campaigns(up.data, CAMPAIGNS))
         vouchers, part = up.vouchers(), requests // SAMPLES
-        yield Grown(0, _resident_mb(up.groups["serve"]))
+        yield Grown(0, resident_mb(up.groups["serve"]))
         progress.update(task, description=f"{requests:,} requests")
         for done in range(part, requests + 1, part):
             seen = run("127.0.0.1", up.port, CONNECTIONS, part, vouchers)
             if set(seen.statuses) - {200, 503}:  # 503: the window is refilled just now
                 raise SystemExit(f"an answer was neither 200 nor 503: {seen.statuses}")
             progress.advance(task)
-            yield Grown(done, _resident_mb(up.groups["serve"]))
-
-
-def _resident_mb(pids: list[int]) -> float:
-    return max(int(psutil.Process(pid).memory_info().rss) for pid in pids) / 1e6
+            yield Grown(done, resident_mb(up.groups["serve"]))
 
 
 def _print(kept: list[Kept], grown: list[Grown], options: argparse.Namespace) -> int:
@@ -146,14 +139,12 @@ def _print(kept: list[Kept], grown: list[Grown], options: argparse.Namespace) ->
         (f"serving process, {CAMPAIGNS:,} campaigns: most MB", most, SERVE_MB_MAX),
         (f"the same: MB that the second half of {options.requests:,} requests added", drift, DRIFT_MB_MAX),
     ]
-    if options.json is not None:
-        figures = {"kept": kept, "grown": grown, "met": [seen <= limit for _, seen, limit in targets]}
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    keep(options.json, {"kept": kept, "grown": grown, "met": [seen <= limit for _, seen, limit in targets]})
     table = Table(title=f"{options.records:,} records and codes", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("", "seen", "at most", ""):
         table.add_column(column, justify="left" if not column else "right")
     for what, seen, limit in targets:
-        table.add_row(what, f"{seen:.1f}", f"{limit:g}", "met" if seen <= limit else "MISSED")
+        table.add_row(what, f"{seen:.1f}", f"{limit:g}", verdict(seen <= limit))
     Console().print(table)
     print("MB after so many requests: " + ", ".join(f"{one.requests:,}: {one.serve_mb:.0f}" for one in grown))
     return 0 if all(seen <= limit for _, seen, limit in targets) else 1

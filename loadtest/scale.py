@@ -30,7 +30,8 @@ from loadtest import contenders
 from loadtest.bulk import NEVER_S, campaign, more_campaigns, more_records
 from loadtest.client import run
 from loadtest.contenders import Voucherd
-from loadtest.processes import cpu_us, module
+from loadtest.figures import keep, verdict
+from loadtest.processes import cpu_us, module, resident_mb
 from loadtest.vouchers import VoucherRequests
 from service.cli.connections import connected
 
@@ -163,8 +164,7 @@ def _line(
         (_cpu_us(small, of_small, options.requests), _cpu_us(large, of_large, options.requests))
         for _ in range(options.rounds)
     ]
-    memory = max(psutil.Process(pid).memory_info().rss for pid in large.groups["serve"]) / 1e6
-    return Line(name, [one for one, _ in seen], [other for _, other in seen], memory)
+    return Line(name, [one for one, _ in seen], [other for _, other in seen], resident_mb(large.groups["serve"]))
 
 
 def _cpu_us(up: Voucherd, requests: Requests, count: int) -> float:
@@ -207,9 +207,7 @@ def _print(lines: Sequence[Line], publication: Publication, options: argparse.Na
     targets = [line.ratio <= FLAT for line in lines]
     delay = publication.published_ms - publication.calm_ms
     targets += [delay <= DELAY_MS_MAX, publication.command_s <= IN_FORCE_S_MAX]
-    if options.json is not None:
-        figures = {"lines": lines, "publication": publication, "met": targets}
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    keep(options.json, {"lines": lines, "publication": publication, "met": targets})
     table = Table(
         title=f"CPU us a voucher, medians of {options.rounds} rounds; a line keeps what those before added",
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
@@ -222,22 +220,18 @@ def _print(lines: Sequence[Line], publication: Publication, options: argparse.Na
         table.add_row(
             line.name, f"{line.ratio:.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}",
             f"{statistics.median(line.small_us):.1f}", f"{statistics.median(line.large_us):.1f}",
-            f"{line.serve_mb:.0f}", _verdict(line.ratio <= FLAT),
+            f"{line.serve_mb:.0f}", verdict(line.ratio <= FLAT),
         )  # fmt: skip
     Console().print(table)
     print(
         f"a publication delays a request by {delay:.0f} ms (slowest {publication.published_ms:.0f}, without one "
-        f"{publication.calm_ms:.0f}), at most {DELAY_MS_MAX:g}: {_verdict(delay <= DELAY_MS_MAX)}"
+        f"{publication.calm_ms:.0f}), at most {DELAY_MS_MAX:g}: {verdict(delay <= DELAY_MS_MAX)}"
     )
     print(
         f"it is in force after {publication.command_s:.1f} s, the command's start included, at most "
-        f"{IN_FORCE_S_MAX:g}: {_verdict(publication.command_s <= IN_FORCE_S_MAX)}"
+        f"{IN_FORCE_S_MAX:g}: {verdict(publication.command_s <= IN_FORCE_S_MAX)}"
     )
     return 0 if all(targets) else 1
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
 
 
 if __name__ == "__main__":
