@@ -6,6 +6,8 @@ import asyncio
 import signal
 from pathlib import Path
 
+import uvloop
+
 from service import logs
 from service.cli import options
 from service.cli.lock import only_one
@@ -28,9 +30,9 @@ def work(data_dir: options.DataDir = None) -> None:
         await work_until(settings, stop)
 
     if not database.is_sqlite:
-        asyncio.run(run())
+        uvloop.run(run())
         return
     store = Path(str(database.url.database))
     taken = f"another `voucherd work` (pid {{pid}}) runs on {store}: one is enough, and several need PostgreSQL"
     with only_one(Path(f"{store}.worker"), taken):
-        asyncio.run(run())
+        uvloop.run(run())

@@ -45,6 +45,10 @@ IDLE_IN_TRANSACTION_S: Final = 10.0
 # A thread of the SQLite driver that still has an answer for an event loop that is gone prints a traceback; once
 # told to stop it ends within microseconds, or after the statement that it is in.
 THREAD_END_S: Final = 1.0
+# SQLite's page cache of one connection, and after how many pages its journal is written back.  With the 2 MB and 1,000
+# pages that it comes with, each flush reads its indexes again and writes them back at once (docs/performance.md).
+SQLITE_CACHE_KIB: Final = 32_768
+SQLITE_CHECKPOINT_PAGES: Final = 10_000
 CUT_S: Final = 0.01  # between two tries to cut a statement of SQLite whose task was cancelled
 
 # PostgreSQL: the transaction did not happen or nobody knows, and the same one may well succeed later.
@@ -240,7 +244,8 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver begins no transaction of its own: _begin_sqlite does
     cursor = connection.cursor()
     # With the journal in WAL, FULL is what makes a commit survive a power cut.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
+                   f"cache_size=-{SQLITE_CACHE_KIB}", f"wal_autocheckpoint={SQLITE_CHECKPOINT_PAGES}"):  # fmt: skip
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

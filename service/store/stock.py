@@ -33,10 +33,38 @@ COLLISIONS_MAX: Final = 10
 
 # What the worker asks several times a second; making such a statement costs several times what running it does.
 _STOCK_VERSIONS: Final = select(pools.c.id, pools.c.stock_version)
-_follower: Final = leases.alias()
-_CHAIN_ENDS: Final = select(leases).where(
+_POOL_HELD: Final = select(pools).where(pools.c.id == bindparam("of_pool")).with_for_update()
+_STATE_HELD: Final = (
+    select(generations.c.state)
+    .where(generations.c.partition == bindparam("of_partition"), generations.c.generation == bindparam("of_generation"))
+    .with_for_update(read=True)
+)
+_FIRST_LOT: Final = (
+    select(lots)
+    .where(
+        lots.c.pool == bindparam("of_pool"), lots.c.leased_to < lots.c.imported,
+        lots.c.expires_at > bindparam("earliest"),
+    )
+    .order_by(lots.c.expires_at)
+    .limit(1)
+)  # fmt: skip
+_LEASED_TO: Final = update(lots).where(lots.c.id == bindparam("of_lot")).values(leased_to=bindparam("to"))
+_LEASE: Final = select(leases).where(leases.c.id == bindparam("of_lease"))
+_WITHDRAWN_AHEAD: Final = (
+    select(withdrawn.c.seq_from, withdrawn.c.seq_to)
+    .where(withdrawn.c.lot == bindparam("of_lot"), withdrawn.c.seq_from >= bindparam("leased_to"))
+    .order_by(withdrawn.c.seq_from)
+)
+_CHAIN: Final = (
     leases.c.partition == bindparam("of_partition"),
     leases.c.generation == bindparam("of_generation"),
+    leases.c.pool == bindparam("of_pool"),
+)
+_IN_CHAIN: Final = select(leases.c.id).where(*_CHAIN, leases.c.id == bindparam("of_lease"))
+_AFTER_IN_CHAIN: Final = select(leases.c.id).where(*_CHAIN, leases.c.predecessor == bindparam("of_lease"))
+_follower: Final = leases.alias()
+_CHAIN_ENDS: Final = select(leases).where(
+    *_CHAIN[:2],
     ~select(1)
     .where(
         _follower.c.partition == leases.c.partition,
@@ -202,10 +230,15 @@ async def finish_import(connection: AsyncConnection, import_id: str, now: int) -
     return ImportState(found.lines_done, found.inserted, found.refused)
 
 
-async def stock_versions(connection: AsyncConnection) -> dict[str, int]:
-    """Per pool, the number that rose with every commit that added stock."""
-    found = await connection.execute(_STOCK_VERSIONS)
-    return {row.id: row.stock_version for row in found}
+async def stock_versions(connection: AsyncConnection, of: Sequence[str] | None = None) -> dict[str, int]:
+    """Per pool (of these, None: of all), the number that rose with every commit that added stock."""
+    if of is None:
+        return {row.id: row.stock_version for row in await connection.execute(_STOCK_VERSIONS)}
+    found = dict[str, int]()
+    for some in chunks(of):
+        rows = await connection.execute(_STOCK_VERSIONS.where(pools.c.id.in_(some)))
+        found.update((row.id, row.stock_version) for row in rows)
+    return found
 
 
 def not_withdrawn(table: Table) -> ColumnElement[bool]:
@@ -218,6 +251,17 @@ def not_withdrawn(table: Table) -> ColumnElement[bool]:
 def not_in(table: Table, other: Table) -> ColumnElement[bool]:
     """No row of ``table`` has the position ``(lot, seq)`` of this row of ``other``."""
     return ~exists().where(table.c.lot == other.c.lot, table.c.seq == other.c.seq)
+
+
+_CODES: Final = (
+    select(lots.c.expires_at, codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial)
+    .join(lots, lots.c.id == codes.c.lot)
+    .where(
+        codes.c.lot == bindparam("of_lot"), codes.c.seq >= bindparam("seq_from"), codes.c.seq < bindparam("seq_to"),
+        not_withdrawn(codes),
+    )
+    .order_by(codes.c.seq)
+)  # fmt: skip
 
 
 def at(table: Table, positions: Sequence[tuple[int, int]]) -> ColumnElement[bool]:
@@ -259,65 +303,52 @@ async def lease(
     codes: int,
     now: int,
     earliest_expiry: int,
-) -> Lease | None:
-    """At most ``codes`` codes of one lot belong to the generation's window; None if the pool has none left.
+) -> tuple[Lease | None, int]:
+    """At most ``codes`` codes of one lot belong to the generation's window, or None if the pool has none left; with the
+    pool's stock version, which a None is true for.
 
     The lot that expires first among those that expire after ``earliest_expiry`` (and after ``now``); what is
-    over stays in stock.  The pool stays locked until the transaction ends, so its stock version read in it is
-    the one that a None is true for.  Calling again with the same ``lease_id`` returns the same lease.
+    over stays in stock.  The pool stays locked until the transaction ends.  Calling again with the same ``lease_id``
+    returns the same lease.
 
     Raises NotFound for an unknown pool; GenerationClosed unless the generation is being built or open; Conflict
     if ``predecessor`` is not the end of the pool's chain in this generation.  Nothing was leased then.
     """
     if codes < 1:
         raise ValueError("a lease holds at least one code")
-    await lock_pool(connection, pool)
-    state = await connection.execute(
-        select(generations.c.state)
-        .where(generations.c.partition == partition, generations.c.generation == generation)
-        .with_for_update(read=True)
-    )
-    if state.scalar_one_or_none() not in ("building", "open"):
+    version = int((await lock_pool(connection, pool)).stock_version)
+    chain = (partition, generation, pool)
+    state = await connection.scalar(_STATE_HELD, {"of_partition": partition, "of_generation": generation})
+    if state not in ("building", "open"):
         raise GenerationClosed(f"generation {generation} of partition {partition} is closed: nothing is leased to it")
-    known = (await connection.execute(select(leases).where(leases.c.id == lease_id))).first()
+    known = (await connection.execute(_LEASE, {"of_lease": lease_id})).first()
     if known is not None:
         again = _lease(known)
-        if (again.partition, again.generation, again.pool, again.predecessor) == (
-            partition, generation, pool, predecessor,
-        ):  # fmt: skip
-            return again
+        if (again.partition, again.generation, again.pool, again.predecessor) == (*chain, predecessor):
+            return again, version
         raise Conflict(f"lease {lease_id} exists already, and is another one")
-    if not await ends_with(connection, partition, generation, pool, predecessor):
+    if not await ends_with(connection, *chain, predecessor):
         raise Conflict(f"lease {predecessor or '(none)'} is not the end of pool {pool}'s chain")
-    first = (
-        select(lots)
-        .where(lots.c.pool == pool, lots.c.leased_to < lots.c.imported, lots.c.expires_at > max(now, earliest_expiry))
-        .order_by(lots.c.expires_at)
-        .limit(1)
-    )
     while True:
-        if (lot := (await connection.execute(first)).first()) is None:
-            return None
+        usable = {"of_pool": pool, "earliest": max(now, earliest_expiry)}
+        if (lot := (await connection.execute(_FIRST_LOT, usable)).first()) is None:
+            return None, version
         seq_to, count = await stretch(connection, lot, codes)
         if count:
             break
         # What is left of the lot was withdrawn: pass over it, once.
-        await connection.execute(update(lots).where(lots.c.id == lot.id).values(leased_to=lot.imported))
-    taken = Lease(lease_id, predecessor, partition, generation, pool, lot.id, lot.leased_to, seq_to, count)
-    await connection.execute(update(lots).where(lots.c.id == lot.id).values(leased_to=seq_to))
+        await connection.execute(_LEASED_TO, {"of_lot": lot.id, "to": lot.imported})
+    taken = Lease(lease_id, predecessor, *chain, lot.id, lot.leased_to, seq_to, count)
+    await connection.execute(_LEASED_TO, {"of_lot": lot.id, "to": seq_to})
     await connection.execute(insert(leases), {**msgspec.structs.asdict(taken), "leased_at": now})
-    return taken
+    return taken, version
 
 
 async def free_stretches(connection: AsyncConnection, lot: SqlRow[Any]) -> list[tuple[int, int]]:
     """The positions ``[seq_from, seq_to)`` of ``lot`` that were neither leased nor withdrawn, in their order."""
-    ahead = (
-        select(withdrawn.c.seq_from, withdrawn.c.seq_to)
-        .where(withdrawn.c.lot == lot.id, withdrawn.c.seq_from >= lot.leased_to)
-        .order_by(withdrawn.c.seq_from)
-    )
+    ahead = await connection.execute(_WITHDRAWN_AHEAD, {"of_lot": lot.id, "leased_to": lot.leased_to})
     at, free = lot.leased_to, []
-    for seq_from, seq_to in (*await connection.execute(ahead), (lot.imported, lot.imported)):
+    for seq_from, seq_to in (*ahead, (lot.imported, lot.imported)):
         if at < seq_from:
             free.append((at, seq_from))
         at = seq_to
@@ -336,15 +367,8 @@ async def stretch(connection: AsyncConnection, lot: SqlRow[Any], wanted: int) ->
 
 async def lease_codes(connection: AsyncConnection, lease: Lease) -> list[Code]:
     """The codes of a lease, in the order in which they are to be issued."""
-    found = await connection.execute(
-        select(lots.c.expires_at, codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial)
-        .join(lots, lots.c.id == codes.c.lot)
-        .where(
-            codes.c.lot == lease.lot, codes.c.seq >= lease.seq_from, codes.c.seq < lease.seq_to, not_withdrawn(codes)
-        )
-        .order_by(codes.c.seq)
-    )
-    return [Code(*row) for row in found]
+    stretch = {"of_lot": lease.lot, "seq_from": lease.seq_from, "seq_to": lease.seq_to}
+    return [Code(*row) for row in await connection.execute(_CODES, stretch)]
 
 
 async def chain_ends(connection: AsyncConnection, partition: int, generation: int) -> dict[str, Lease]:
@@ -383,13 +407,10 @@ async def leases_known(connection: AsyncConnection, lease_ids: Sequence[str]) ->
 
 async def ends_with(connection: AsyncConnection, partition: int, generation: int, pool: str, lease_id: str) -> bool:
     """Whether the pool's chain ends with this lease ('': is empty).  Two look-ups, however long the chain is."""
-    chain = (leases.c.partition == partition, leases.c.generation == generation, leases.c.pool == pool)
-    if lease_id:
-        there = select(leases.c.id).where(*chain, leases.c.id == lease_id)
-        if (await connection.execute(there)).first() is None:
-            return False
-    followed = select(leases.c.id).where(*chain, leases.c.predecessor == lease_id)
-    return (await connection.execute(followed)).first() is None
+    asked = {"of_partition": partition, "of_generation": generation, "of_pool": pool, "of_lease": lease_id}
+    if lease_id and (await connection.execute(_IN_CHAIN, asked)).first() is None:
+        return False
+    return (await connection.execute(_AFTER_IN_CHAIN, asked)).first() is None
 
 
 def _lease(row: Any) -> Lease:
@@ -400,7 +421,7 @@ def _lease(row: Any) -> Lease:
 
 async def lock_pool(connection: AsyncConnection, pool: str) -> SqlRow[Any]:
     """The pool's row; until the transaction ends nobody else imports, leases or withdraws.  Raises NotFound."""
-    row = (await connection.execute(select(pools).where(pools.c.id == pool).with_for_update())).first()
+    row = (await connection.execute(_POOL_HELD, {"of_pool": pool})).first()
     if row is None:
         raise NotFound(f"there is no pool {pool}: create it first")
     return row

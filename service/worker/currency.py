@@ -6,6 +6,8 @@ would reuse positions, publishing would reuse versions; so each of them asks her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -16,18 +18,25 @@ from service.store import control, generations, ledger, recreation, stock
 from service.store.database import Database
 
 
-async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation, Books | None]:
+async def refuse_older(
+    database: Database, scripts: Scripts, pools: Sequence[str] | None = None
+) -> tuple[Generation, Books | None]:
     """Returns what Redis knows, if the store knows it too; books are None while no generation is open.
+
+    With ``pools``: whoever leases from these alone asks, several times a second.  Nothing is said of other pools then,
+    nor whether the catalogues are the same where they have the same number.
 
     Redis is read first: the store only ever moves ahead, so nothing that happens in between looks like a step back.
     Raises StoreIsOlder saying what is missing; RedisUnreachable, StoreUnreachable if it can't be told.
     """
     seen = await scripts.generation()
-    async with database.read() as conn:
-        pools = list(await stock.stock_versions(conn))
+    whole = pools is None
+    if pools is None:
+        async with database.read() as conn:
+            pools = list(await stock.stock_versions(conn))
     books = await scripts.books(pools, generation=seen.open) if seen.open else None
-    catalogue = await catalogue_at(scripts, seen.fence)
-    shown = await shown_catalogue(scripts, seen.fence)
+    catalogue = await catalogue_at(scripts, seen.fence) if whole else None
+    shown = await shown_catalogue(scripts, seen.fence) if whole else (0, None)
     async with database.read() as conn:
         if older := await older_catalogue(conn, seen.fence, catalogue) or await lacks_shown(conn, shown):
             raise StoreIsOlder(older)
@@ -37,7 +46,7 @@ async def refuse_older(database: Database, scripts: Scripts) -> tuple[Generation
             return seen, books
         lost = await ledger.lacking(conn, scripts.partition, seen.open, books.flushed) if books else []
         unknown = await unknown_leases(conn, books) if books else []
-        versions = await stock.stock_versions(conn)
+        versions = await stock.stock_versions(conn, pools)
     if seen.open > newest:
         raise StoreIsOlder(f"the store is older than Redis: it knows generation {newest}, Redis has {seen.open} open")
     if unknown:

@@ -203,10 +203,9 @@ class Fill:
                 select(schema.pools.c.id, schema.pools.c.least_life_s).where(schema.pools.c.generator.is_not(None))
             )
             pools = {row.id: row.least_life_s for row in generated}
-            short = []
-            for pool, least_life_s in pools.items():
-                if (await stock.left(conn, self._now() + least_life_s)).get(pool, 0) < AHEAD_CODES:
-                    short.append(pool)
+            now = self._now()
+            left = {life_s: await stock.left(conn, now + life_s) for life_s in set(pools.values())}
+        short = [pool for pool, life_s in pools.items() if left[life_s].get(pool, 0) < AHEAD_CODES]
         if not short:
             return 0
         await refuse_unchecked(self._database, self._scripts)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
@@ -35,11 +35,25 @@ LEASE_CODES_MAX: Final = 2_500
 # Leases of one pool in one step: enough for a window over many small lots, and other pools get their turn.
 LEASES_MAX: Final = 16
 
-# A window is filled to this many times its low water, so that refills are rarer than issues by that much.
+# A window that is short is filled to this many times what it is short of, so that refills are rarer than issues.
 FILL: Final = 2
 
-# Weight of the newest rate in the running one: some five steps of memory, so that a peak is believed within seconds.
-RATE_WEIGHT: Final = 0.3
+# A window is short below its planned low water, and below what it gives in so many seconds: it is filled at once then.
+# From there to its low water by the burn rate it grows this many times as fast as it empties: to fill it for an outage
+# of a minute as fast as can be takes most of a core from who serves, at the peak (docs/performance.md).
+SHORT_S: Final = 2
+GROWTH: Final = 1.5
+
+# Seconds over which a burn rate is remembered: a peak is believed within a few.
+RATE_MEMORY_S: Final = 3.0
+
+# How often all pools are looked at, and not those alone that ask for codes or grow; and how many in one script call,
+# 1 ms on a slow machine.
+SWEEP_S: Final = 2.0
+POOLS_MAX: Final = 500
+
+# A shorter wait is none: as milliseconds it might be 0, which is for ever.
+WAIT_S_MIN: Final = 0.01
 
 # How often a chain that does not fit, and that nobody moves, is looked at before it is called forked; and how often at
 # one that others move, before it is left to them.
@@ -54,6 +68,16 @@ class Refilled(msgspec.Struct, frozen=True):
     codes: int = 0
     exhausted: int = 0
     forked: int = 0
+
+    def __add__(self, other: Refilled) -> Refilled:
+        return Refilled(self.codes + other.codes, self.exhausted + other.exhausted, self.forked + other.forked)
+
+
+class _Wanted(NamedTuple):
+    """A window is to hold ``length`` codes (0: as many as it holds), and asks for more below ``low_water``."""
+
+    length: int
+    low_water: int
 
 
 class Refill:
@@ -81,26 +105,45 @@ class Refill:
         self._clock = clock
         self._lease_id = lease_id
         self._rates: dict[str, _Rate] = {}
+        self._due: dict[str, float] = {}  # when a window that grows gets its next lease, by the clock
+        self._sweep_at = -math.inf
         self._forked: set[tuple[int, str]] = set()
         self._snapshot: Snapshot | None = None
 
-    async def demanded(self, *, wait_s: float) -> bool:
-        """Waits, bounded, until some pool is below its low water, and takes note of all that are.
+    async def step(self, *, wait_s: float) -> Refilled:
+        """Waits, at most ``wait_s``, until a pool asks for codes or is due; then refills these, and every SWEEP_S all.
+
+        Raises as ``run_once`` does.
+        """
+        wait_s = min(wait_s, min(self._sweep_at, *self._due.values(), math.inf) - self._clock())
+        pools = await self._demanded(wait_s)
+        now = self._clock()
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_S
+            return await self.run_once()
+        for pool in [pool for pool, at in self._due.items() if at <= now]:
+            del self._due[pool]
+            pools.add(pool)
+        return await self.run_once(pools) if pools else Refilled()
+
+    async def _demanded(self, wait_s: float) -> set[str]:
+        """The pools that ask for codes; the POOLS_MAX with the fewest, if there are more.
 
         What is noted here and then lost in a crash is asked for again by the next issue.
         """
-        demand = keys.demand(self._scripts.partition)
+        redis, demand = self._scripts.redis, keys.demand(self._scripts.partition)
         try:
-            first = await self._scripts.redis.bzpopmin(demand, timeout=wait_s)
-            if first is None:
-                return False
-            await self._scripts.redis.delete(demand)
+            if wait_s < WAIT_S_MIN:
+                return {pool for pool, _ in await redis.zpopmin(demand, POOLS_MAX)}
+            if (first := await redis.bzpopmin(demand, timeout=wait_s)) is None:
+                return set()
+            return {first[1], *(pool for pool, _ in await redis.zpopmin(demand, POOLS_MAX))}
         except RedisError as error:
             raise RedisUnreachable from error
-        return True
 
-    async def run_once(self) -> Refilled:
-        """Brings every pool of the catalogue above its low water, as far as stock and LEASES_MAX allow.
+    async def run_once(self, pools: Collection[str] | None = None) -> Refilled:
+        """Brings these ``pools`` (None: all) of the catalogue above what is short, as far as stock and LEASES_MAX
+        allow; a window that is to grow gets its lease if that is due.
 
         Raises RedisUnreachable or StoreUnreachable; what was leased by then is applied by the next step.  Raises
         StoreIsOlder if the store came back older; nothing is leased then.
@@ -112,85 +155,103 @@ class Refill:
             version = await control.version(conn)
             if self._snapshot is None or self._snapshot.version != version:
                 self._snapshot = await control.snapshot(conn, version)
-            snapshot = self._snapshot
-            versions = await stock.stock_versions(conn)
         if seen.fence > version:
             return Refilled()  # the store is older than Redis; the watch says so
-        least_life = {pool.id: pool.least_life_s for pool in snapshot.pools}
-        pools = sorted({campaign.pool for campaign in snapshot.campaigns})
-        books = await self._scripts.books(pools, generation=seen.open)
-        if books is None:
-            return Refilled()
-        async with self._database.read() as conn:
-            last = {pool: window.lease for pool, window in books.windows.items()}
-            unapplied = await stock.followers(conn, self._scripts.partition, seen.open, last)
-        total, checked = Refilled(), False
-        for pool, window in books.windows.items():
-            if window.stock < versions[pool]:
-                await self._scripts.stock(pool, versions[pool], generation=seen.open)
-            low = self._low(pool, window)
-            if (seen.open, pool) in self._forked or (
-                pool not in unapplied and (window.length >= low or window.exhausted == versions[pool])
-            ):
-                continue
-            if not checked:  # once a step: what is leased from an older store may have been leased before
-                await refuse_older(self._database, self._scripts)
-                checked = True
-            done = await self._refill(seen.open, pool, window, low, least_life[pool])
-            total = Refilled(total.codes + done.codes, total.exhausted + done.exhausted, total.forked + done.forked)
+        least_life = {pool.id: pool.least_life_s for pool in self._snapshot.pools}
+        known = {campaign.pool for campaign in self._snapshot.campaigns}
+        asked = sorted(known if pools is None else known.intersection(pools))
+        total = Refilled()
+        for start in range(0, len(asked), POOLS_MAX):
+            books = await self._scripts.books(asked[start : start + POOLS_MAX], generation=seen.open)
+            if books is None:
+                break
+            total += await self._below(seen.open, books.windows, least_life)
         return total
 
-    def _low(self, pool: str, window: Window) -> int:
-        """Low water by the burn rate: what the pool needs to get through a store outage, at least the planned."""
-        rate = self._rates.setdefault(pool, _Rate(self._clock(), window.length))
-        per_second = rate.note(self._clock(), window.length)
-        metrics.window_codes.labels(pool).set(window.length)
-        return max(self._low_water, math.ceil(per_second * self._store_outage_s))
+    async def _below(self, generation: int, windows: Mapping[str, Window], least_life_s: Mapping[str, int]) -> Refilled:
+        """``run_once`` for these ``windows``."""
+        async with self._database.read() as conn:
+            versions = await stock.stock_versions(conn, list(windows))
+            last = {pool: window.lease for pool, window in windows.items()}
+            unapplied = await stock.followers(conn, self._scripts.partition, generation, last)
+        todo = dict[str, _Wanted]()
+        for pool, window in windows.items():
+            if window.stock < versions[pool]:
+                await self._scripts.stock(pool, versions[pool], generation=generation)
+            wanted = self._wanted(pool, window)
+            if (generation, pool) in self._forked or (pool not in unapplied and window.exhausted == versions[pool]):
+                self._due.pop(pool, None)
+            elif pool in unapplied or window.length < wanted.length:
+                todo[pool] = wanted
+        total = Refilled()
+        if todo:  # what is leased from an older store may have been leased before
+            await refuse_older(self._database, self._scripts, list(todo))
+        for pool, wanted in todo.items():
+            total += await self._refill(generation, pool, windows[pool], wanted, least_life_s[pool])
+        return total
 
-    async def _refill(self, generation: int, pool: str, window: Window, low: int, least_life_s: int) -> Refilled:
-        added, last, length = 0, window.lease, window.length
+    def _wanted(self, pool: str, window: Window) -> _Wanted:
+        now = self._clock()
+        rate = self._rates.setdefault(pool, _Rate(now, window.length))
+        per_second = rate.note(now, window.length)
+        metrics.window_codes.labels(pool).set(window.length)
+        short = max(self._low_water, math.ceil(per_second * SHORT_S))
+        low = max(self._low_water, math.ceil(per_second * self._store_outage_s))
+        if window.length < short:
+            length = FILL * short
+        elif window.length < low and self._due.get(pool, now) <= now:
+            length = min(window.length + LEASE_CODES_MAX, FILL * low)
+        else:
+            if window.length >= low:
+                self._due.pop(pool, None)
+            return _Wanted(0, short)
+        if short < low:
+            self._due[pool] = now + (length - window.length) / (GROWTH * per_second)
+        return _Wanted(length, short)
+
+    async def _refill(self, generation: int, pool: str, window: Window, wanted: _Wanted, least_life_s: int) -> Refilled:
+        lease = await self._unapplied(generation, pool, window.lease)
+        if lease is None:
+            return await self._fork(generation, pool)
+        added, length, version = 0, window.length, 0
         for _ in range(LEASES_MAX):
-            lease = await self._unapplied(generation, pool, last)
-            if lease is None:
-                return msgspec.structs.replace(await self._fork(generation, pool), codes=added)
             if not lease.codes:  # all that is leased is applied, maybe by another worker since: lease more
-                last = lease.id
-                wanted = min(FILL * low - length, LEASE_CODES_MAX)
-                if wanted <= 0:
+                if length >= wanted.length:
                     break
-                now = self._now()
+                codes, now = min(wanted.length - length, LEASE_CODES_MAX), self._now()
                 try:
                     async with self._database.write() as conn:
-                        version = (await stock.stock_versions(conn))[pool]
-                        new = await stock.lease(
-                            conn, pool=pool, partition=self._scripts.partition, generation=generation, predecessor=last,
-                            lease_id=self._lease_id(), codes=wanted, now=now, earliest_expiry=now + least_life_s,
+                        new, version = await stock.lease(
+                            conn, pool=pool, partition=self._scripts.partition, generation=generation,
+                            predecessor=lease.id, lease_id=self._lease_id(), codes=codes, now=now,
+                            earliest_expiry=now + least_life_s,
                         )  # fmt: skip
                 except (Conflict, GenerationClosed, IntegrityError):
                     break  # another worker leased meanwhile, or the generation is being left: the next step sees
                 if new is None:
                     if self._fill is not None and await self._fill.block(pool):
                         continue  # P4: a pool is not exhausted while codes can be made for it
-                    if await self._scripts.exhausted(pool, version, last, generation=generation) == "OK":
+                    if await self._scripts.exhausted(pool, version, lease.id, generation=generation) == "OK":
                         metrics.window_codes.labels(pool).set(length)
                         return Refilled(added, exhausted=1)
                     break
                 lease = new
             async with self._database.read() as conn:
-                codes = await stock.lease_codes(conn, lease)
-                version = (await stock.stock_versions(conn))[pool]
-            if len(codes) != lease.codes:
+                given = await stock.lease_codes(conn, lease)
+                version = version or (await stock.stock_versions(conn, [pool]))[pool]
+            if len(given) != lease.codes:
                 raise StoreIsOlder(f"the store lacks codes that it leased to {pool}: it came back older meanwhile")
             done = await self._scripts.restock(
-                pool, lease.id, lease.predecessor, codes, generation=generation, stock_version=version, low_water=low
-            )
+                pool, lease.id, lease.predecessor, given, generation=generation, stock_version=version,
+                low_water=wanted.low_water,
+            )  # fmt: skip
             if done.status == "OK":
-                added += len(codes)
-                self._rates[pool].restocked(len(codes))
-                metrics.leased.labels(pool).inc(len(codes))
+                added += len(given)
+                self._rates[pool].restocked(len(given))
+                metrics.leased.labels(pool).inc(len(given))
             elif done.status != "DONE":
                 break  # LOST, or another worker was faster: the next step sees
-            last, length = lease.id, done.length
+            lease, length = msgspec.structs.replace(lease, codes=0), done.length
         return Refilled(added)
 
     async def _unapplied(self, generation: int, pool: str, last: str) -> stock.Lease | None:
@@ -247,7 +308,7 @@ class Refill:
 
 
 class _Rate:
-    """How fast a pool's window empties, codes per second, remembered over some seconds."""
+    """How fast a pool's window empties, codes per second, remembered over RATE_MEMORY_S."""
 
     def __init__(self, at: float, length: int) -> None:
         self._at = at
@@ -258,7 +319,7 @@ class _Rate:
         seconds = at - self._at
         if seconds >= 0.5:  # shorter stretches say more about the scheduler than about the pool
             rate = max(0, self._length - length) / seconds
-            self._rate += RATE_WEIGHT * (rate - self._rate)
+            self._rate += (1 - math.exp(-seconds / RATE_MEMORY_S)) * (rate - self._rate)
             self._at, self._length = at, length
         return self._rate
 

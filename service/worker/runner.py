@@ -82,8 +82,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
             return (await flush.run_once(block_ms=BLOCK_MS)).entries >= ENTRIES_MAX
 
         async def refill_step() -> bool:
-            await refill.demanded(wait_s=DEMAND_S)
-            return (await refill.run_once()).codes > 0
+            return (await refill.step(wait_s=DEMAND_S)).codes > 0
 
         async def vet_step() -> None:
             try:

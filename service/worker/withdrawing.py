@@ -150,7 +150,7 @@ async def _all_applied(database: Database, scripts: Scripts, refill: Refill, poo
             return False
         if end is None or books.windows[pool].lease == end.id:
             return True
-        await refill.run_once()
+        await refill.run_once([pool])
     return False
 
 

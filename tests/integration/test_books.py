@@ -45,7 +45,7 @@ async def make_generation(database: Database) -> int:
 
 async def lease(database: Database, generation: int, codes: int, lease_id: str, predecessor: str = "") -> list[Code]:
     async with database.write() as conn:
-        made = await stock.lease(
+        made, _ = await stock.lease(
             conn, pool="POOL-1", partition=0, generation=generation, predecessor=predecessor, lease_id=lease_id,
             codes=codes, now=NOW, earliest_expiry=NOW,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from service import keys
 from service.store import schema
 from service.store.database import Database
 from service.store.stock import Row
+from service.worker import refill
 from service.worker.refill import Refill
 from service.worker.stocking import import_codes
 from tests.integration.stage import Stage, staged
@@ -35,6 +36,16 @@ async def stage(database: Database, valkey_url: str) -> AsyncIterator[Stage]:
 def _worker(stage: Stage, database: Database | None = None) -> Refill:
     """One that sees no burn rate, whatever the machine: its clock stands still, and a window is 40 codes."""
     return Refill(database or stage.database, stage.scripts, low_water=20, store_outage_s=1, clock=lambda: 0.0)
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 async def _lease_again(stage: Stage, worker: Refill, name: str) -> None:
@@ -100,3 +111,46 @@ async def test_a_chain_that_does_not_fit_and_that_nobody_moves_stops_leasing(sta
         done = await _worker(stage).run_once()
         assert (done.codes, done.forked) == (0, 1)
     assert await _forks(stage) > 0
+
+
+async def test_a_window_for_a_long_outage_is_not_filled_at_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is short is filled at once; what a burn rate asks for besides comes lease by lease, each when it is due."""
+    monkeypatch.setattr(refill, "LEASE_CODES_MAX", 50)
+    clock = Clock()
+    worker = Refill(stage.database, stage.scripts, low_water=20, store_outage_s=60, clock=clock)
+    assert (await worker.run_once()).codes == 40
+    clock.now = 1.0
+    await stage.issue(*(f"peak-{number}" for number in range(30)))
+    assert (await worker.run_once()).codes == 30
+    assert (await worker.run_once()).codes == 0
+    clock.now = 4.0  # 30 codes are what 2.4 s of one and a half times that rate take
+    assert (await worker.run_once()).codes == 50
+    assert (await worker.run_once()).codes == 0
+
+
+async def test_a_window_does_not_grow_beyond_what_an_outage_takes(stage: Stage) -> None:
+    clock = Clock()
+    worker = Refill(stage.database, stage.scripts, low_water=20, store_outage_s=3, clock=clock)
+    await worker.run_once()
+    await stage.issue(*(f"peak-{number}" for number in range(30)))
+    given = 0
+    for second in range(1, 60):
+        clock.now = float(second)
+        given += (await worker.run_once()).codes
+    assert 30 <= given < 100
+
+
+async def test_a_pool_that_asks_is_refilled_between_two_looks_at_all(stage: Stage) -> None:
+    worker = _worker(stage)
+    assert (await worker.step(wait_s=0)).codes == 40
+    assert (await worker.step(wait_s=0)).codes == 0
+    await stage.issue(*(f"first-{number}" for number in range(30)))
+    assert (await worker.step(wait_s=5)).codes == 30
+
+
+async def test_a_demand_that_names_no_pool_does_not_keep_the_worker_busy(stage: Stage) -> None:
+    worker = _worker(stage)
+    await worker.step(wait_s=0)
+    await stage.scripts.redis.zadd(keys.demand(0), {"no-such-pool": 1})
+    assert (await worker.step(wait_s=5)).codes == 0
+    assert await stage.scripts.redis.zcard(keys.demand(0)) == 0

@@ -44,10 +44,11 @@ async def take(
     earliest_expiry: int = 0,
 ) -> Lease | None:
     async with database.write() as connection:
-        return await stock.lease(
+        taken, _ = await stock.lease(
             connection, pool=pool, partition=0, generation=generation, predecessor=predecessor, lease_id=lease_id,
             codes=codes, now=now, earliest_expiry=earliest_expiry,
         )  # fmt: skip
+        return taken
 
 
 async def codes_of(database: Database, lease: Lease | None) -> list[Code]:
@@ -416,7 +417,7 @@ async def test_closing_a_generation_waits_for_a_lease_under_way(postgres_url: st
             await connection.execute(update(schema.generations).values(state="closed"))
 
     async with database.write() as connection:
-        taken = await stock.lease(
+        taken, _ = await stock.lease(
             connection, pool="P", partition=0, generation=1, predecessor="", lease_id="l1", codes=1, now=NOW,
             earliest_expiry=0,
         )  # fmt: skip

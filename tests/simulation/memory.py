@@ -768,6 +768,12 @@ class Client:
     async def config_get(self, *names: str) -> dict[str, str]:
         return _paired(await self._one("config", "get", *names))
 
+    async def zpopmin(self, key: str, count: int) -> list[tuple[str, float]]:
+        found = list[tuple[str, float]]()
+        while len(found) < count and (reply := await self._one("zpopmin", key)):
+            found.append((reply[0], float(reply[1])))
+        return found
+
     async def bzpopmin(self, key: str, timeout: float) -> tuple[str, str, float] | None:
         """Does not wait: whoever simulates time looks again later."""
         reply = await self._one("zpopmin", key)

@@ -379,10 +379,6 @@ class World:
             database, scripts, planned_rate=1, outbox_max=self.outbox_max, now=self.scheduler.unix,
         )  # fmt: skip
 
-        async def refill_step() -> object:
-            await refill.demanded(wait_s=0)
-            return await refill.run_once()
-
         async def watch_step() -> None:
             if older := await watch.run_once():
                 self.counts["store older noticed"] += 1
@@ -391,7 +387,7 @@ class World:
 
         for step, least, most in (
             (recover.run_once, 0.1 * self.recovery, 0.8 * self.recovery), (flush.run_once, 0.05, 0.8),
-            (refill_step, 0.1, 0.8), (lambda: republish_once(database, scripts), 0.2, 1.5),
+            (lambda: refill.step(wait_s=0), 0.1, 0.8), (lambda: republish_once(database, scripts), 0.2, 1.5),
             (recover.clean_once, 0.5, 2.5), (watch_step, 0.5, WATCH_S_MAX),
         ):  # fmt: skip
             self.scheduler.spawn(process, self._loop(step, least, most))
