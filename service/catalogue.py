@@ -6,6 +6,7 @@ may still be used; so nothing here needs to expire, and nothing decided from it 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence, Sized
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -34,6 +35,9 @@ FACE_VALUE_MAX: Final = 100_000
 
 # Entries decoded before the event loop gets its turn: about 2 ms.
 SLICE: Final = 500
+
+# zlib's quickest: an eighth of the size in 25 ms for 10,000 campaigns; better ones take longer than they save.
+COMPRESSION: Final = 1
 
 
 class Cap(msgspec.Struct, frozen=True, array_like=True):
@@ -122,8 +126,26 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Slices(msgspec.Struct, frozen=True, array_like=True):
+    """A snapshot as it is published.  Each slice is compressed: Redis writes it to its log and sends it to each process
+    while everyone else waits, and with 10,000 campaigns it would be 6 MB instead of 1."""
+
     version: int
-    slices: list[msgspec.Raw]
+    slices: list[bytes]
+
+    @classmethod
+    def read(cls, blob: bytes) -> tuple[int, Iterator[Snapshot]]:
+        """The version, and its slices one after the other.  Both raise msgspec.DecodeError if it is none."""
+        published = msgspec.json.decode(blob, type=cls)
+        decoder = msgspec.json.Decoder(Snapshot)
+
+        def slices() -> Iterator[Snapshot]:
+            for packed in published.slices:
+                try:
+                    yield decoder.decode(zlib.decompress(packed))
+                except zlib.error as error:
+                    raise msgspec.DecodeError("a slice can't be unpacked") from error
+
+        return published.version, slices()
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -147,15 +169,17 @@ def encode(snapshot: Snapshot) -> bytes:
         )
         for i in range(0, longest, SLICE)
     ]
-    return msgspec.json.encode(_Slices(snapshot.version, [msgspec.Raw(msgspec.json.encode(s)) for s in slices]))
+    return msgspec.json.encode(
+        _Slices(snapshot.version, [zlib.compress(msgspec.json.encode(s), COMPRESSION) for s in slices])
+    )
 
 
 def decode(blob: bytes) -> Snapshot:
     """The snapshot that ``encode`` made ``blob`` of.  Raises msgspec.DecodeError as ``load`` does."""
-    published = msgspec.json.decode(blob, type=_Slices)
-    parts = [msgspec.json.decode(raw, type=Snapshot) for raw in published.slices]
+    version, slices = _Slices.read(blob)
+    parts = list(slices)
     return Snapshot(
-        published.version,
+        version,
         {token: owner for part in parts for token, owner in part.tokens.items()},
         {id: active for part in parts for id, active in part.distributors.items()},
         tuple(pool for part in parts for pool in part.pools),
@@ -171,11 +195,10 @@ def load(blob: bytes) -> Iterator[Catalogue | None]:
 
     Raises msgspec.DecodeError if ``blob`` is not a published snapshot (one of a later layout, say).
     """
-    published = msgspec.json.decode(blob, type=_Slices)
-    decoder = msgspec.json.Decoder(Snapshot)
-    catalogue = Catalogue(published.version)
-    for raw in published.slices:
-        catalogue._add(decoder.decode(raw))
+    version, slices = _Slices.read(blob)
+    catalogue = Catalogue(version)
+    for part in slices:
+        catalogue._add(part)
         yield None
     catalogue._sort()
     yield catalogue

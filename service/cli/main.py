@@ -17,6 +17,7 @@ import typer
 from service.cli.console import complain
 from service.cli.lazy import LazyGroup, Listed
 from service.errors import Fault, RedisFull, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
+from service.garbage import collect_rarely
 
 # The order is that of `voucherd --help`.
 COMMANDS: Final = {
@@ -152,6 +153,7 @@ app = typer.Typer(
 def begin() -> None:
     import structlog  # a tenth of what a command imports, and `voucherd --help` has nothing to keep quiet
 
+    collect_rarely()
     # A command says what it has to say itself; processes turn their log on.
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     logging.basicConfig(handlers=[logging.NullHandler()])  # a library's traceback may quote what it was sent

@@ -11,7 +11,6 @@ import uvloop
 from service import logs
 from service.cli import options
 from service.cli.lock import only_one
-from service.garbage import collect_rarely
 from service.store.database import Database
 from service.worker.runner import work as work_until
 
@@ -19,7 +18,6 @@ from service.worker.runner import work as work_until
 def work(data_dir: options.DataDir = None) -> None:
     """Run the background worker: refill windows, write the ledger, recover. Several may run on PostgreSQL."""
     logs.configure()
-    collect_rarely()
     settings = options.settings_of(data_dir)
     database = Database.connect(settings.store_url)
 

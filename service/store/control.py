@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
-from sqlalchemy import insert, or_, select, update
+from sqlalchemy import Select, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Campaign, Cap, Client, Pool, Product, SigningKey, Snapshot
@@ -178,27 +179,32 @@ async def raise_version(connection: AsyncConnection) -> int:
 
 async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
     """Everything issuing needs to know, as this transaction sees it, under the number ``version``."""
-    tokens = await connection.execute(
+
+    async def rows(of: Select[Any]) -> Sequence[Any]:
+        found: Sequence[Any] = (await connection.execute(of)).all()  # one by one takes longer
+        return found
+
+    tokens = await rows(
         select(credentials.c.token_sha256, credentials.c.distributor)
         .where(credentials.c.revoked_at.is_(None))
         .order_by(credentials.c.token_sha256)
     )
-    known = await connection.execute(select(distributors.c.id, distributors.c.active).order_by(distributors.c.id))
+    known = await rows(select(distributors.c.id, distributors.c.active).order_by(distributors.c.id))
     stocks = await connection.execute(select(pools.c.id, pools.c.least_life_s).order_by(pools.c.id))
     served = defaultdict[str, list[str]](list)
-    for campaign, product in await connection.execute(
+    for campaign, product in await rows(
         select(campaign_products.c.campaign, campaign_products.c.product).order_by(campaign_products.c.product)
     ):
         served[campaign].append(product)
     limits = defaultdict[tuple[str, str], list[Cap]](list)
-    for row in await connection.execute(select(caps).order_by(caps.c.holder, caps.c.period)):
+    for row in await rows(select(caps).order_by(caps.c.holder, caps.c.period)):
         limits[row.campaign, row.distributor].append(Cap(row.holder, row.period, row.limit))
     assigned = defaultdict[str, dict[str, tuple[Cap, ...]]](dict)
-    for campaign, distributor in await connection.execute(
+    for campaign, distributor in await rows(
         select(assignments.c.campaign, assignments.c.distributor).order_by(assignments.c.distributor)
     ):
-        assigned[campaign][distributor] = tuple(limits[campaign, distributor])
-    rules = await connection.execute(select(campaigns).order_by(campaigns.c.id))
+        assigned[campaign][distributor] = tuple(limits.get((campaign, distributor), ()))
+    rules = await rows(select(campaigns).order_by(campaigns.c.id))
     sold = await connection.execute(
         select(products, campaigns.c.time_zone, pools.c.generator)
         .join(campaigns, campaigns.c.id == products.c.code)
@@ -209,8 +215,8 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
     signing = await connection.execute(select(signing_keys).order_by(signing_keys.c.made_at, signing_keys.c.kid))
     return Snapshot(
         version=version,
-        tokens={row.token_sha256: row.distributor for row in tokens},
-        distributors={row.id: row.active for row in known},
+        tokens=dict(tokens),
+        distributors=dict(known),
         pools=tuple(Pool(id, least_life_s) for id, least_life_s in stocks),
         campaigns=tuple(
             Campaign(

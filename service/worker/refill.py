@@ -195,8 +195,8 @@ class Refill:
         rate = self._rates.setdefault(pool, _Rate(now, window.length))
         per_second = rate.note(now, window.length)
         metrics.window_codes.labels(pool).set(window.length)
-        short = max(self._low_water, math.ceil(per_second * SHORT_S))
         low = max(self._low_water, math.ceil(per_second * self._store_outage_s))
+        short = max(self._low_water, math.ceil(per_second * min(SHORT_S, self._store_outage_s)))
         if window.length < short:
             length = FILL * short
         elif window.length < low and self._due.get(pool, now) <= now:

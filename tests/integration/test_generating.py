@@ -252,7 +252,7 @@ def endless(pattern: str = PATTERN, *options: str) -> None:
 
 def filling(stage: Stage, **more: Any) -> tuple[Fill, Refill]:
     fill = Fill(stage.database, stage.scripts, **more)
-    return fill, Refill(stage.database, stage.scripts, low_water=20, store_outage_s=1, fill=fill)
+    return fill, Refill(stage.database, stage.scripts, low_water=20, store_outage_s=1, fill=fill, clock=lambda: 0.0)
 
 
 def test_it_issues_more_than_any_block_and_is_never_exhausted(store: OnStage) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
+import orjson
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -81,6 +82,12 @@ def test_nothing_of_a_large_snapshot_is_lost_between_slices() -> None:
         assert tried(last, f"X{i}", distributor="D1") == [f"C{i:05d}"]
     assert last.pools() == sorted(f"P{i}" for i in range(SLICE + 1))
     assert last.route("D1", (f"X{SLICE}",)).plan.candidates[0].least_life_s == SLICE
+
+
+def test_a_slice_that_is_damaged_is_refused() -> None:
+    version, slices = orjson.loads(encode(snapshot(campaign("c"))))
+    with pytest.raises(msgspec.DecodeError):
+        list(catalogue.load(orjson.dumps([version, [slices[0][:-8]]])))
 
 
 def test_an_empty_snapshot_can_be_loaded() -> None:
