@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -42,6 +43,7 @@ CAP = 1_000_000_000  # looked at for every voucher, never reached
 CAMPAIGN, CATEGORY, PRODUCT = "CAMP-001", "PAY", "PAY"
 DRY = "DRY"  # a campaign, its pool and its product: without a code
 SETTLE_S_MAX = 60.0  # for the worker to have written to the ledger what a measurement has issued
+FSYNC_MS = 1  # what Valkey notes of its fsyncs: those that took at least so long
 EXPIRES_AT = 1_893_456_000  # of the comparison services' codes
 
 
@@ -60,6 +62,7 @@ class Voucherd(Contender, frozen=True, kw_only=True):
     data: Path  # its data directory
     demo: dict[str, str]
     stock: Callable[[int], None]  # so many codes more are in its campaign's pool
+    fsync_ms: Callable[[], float]  # the slowest fsync of its Valkey since this was asked last, in ms; 0 below FSYNC_MS
 
     def vouchers(self, product: str = PRODUCT, *, traced: bool = False) -> VoucherRequests:
         """Requests of the Voucher Request API."""
@@ -116,11 +119,12 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         command("codes", "generate", demo["product_code"], str(product_codes), "--pattern", "B%%%%-%%%%-%%%%")
         port = int(demo["base_url"].rsplit(":", 1)[1])
         client = _client_of(data)
+        client.config_set("latency-monitor-threshold", FSYNC_MS)
         groups = _groups(up.pid)
         found = Voucherd(
             port, groups, lambda mode: _set_fsync(client, mode),
             lambda: wait_for("an empty outbox", lambda: _is_flushed(client), SETTLE_S_MAX),
-            data=data, demo=demo, stock=stock,
+            data=data, demo=demo, stock=stock, fsync_ms=lambda: _fsync_ms(client),
         )  # fmt: skip
         _check(found)
         yield found
@@ -191,6 +195,13 @@ def _forget(client: redis.Redis) -> None:
 
 def _set_fsync(client: redis.Redis, mode: str) -> None:
     client.config_set("appendfsync", mode)
+
+
+def _fsync_ms(client: redis.Redis) -> float:
+    run: Callable[..., Any] = client.execute_command
+    slowest = {name: most for name, _, _, most, *_ in run("LATENCY", "LATEST")}
+    run("LATENCY", "RESET")
+    return float(slowest.get(b"aof-fsync-always", 0))
 
 
 def _client_of(data_dir: Path) -> redis.Redis:

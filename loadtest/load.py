@@ -5,6 +5,7 @@ A latency counts from when its request was due, so one stall is seen by every re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import msgspec
@@ -26,7 +27,8 @@ ISSUED_SHARE_MIN = 0.8  # and what is still issued at twice the saturated rate, 
 
 class Level(msgspec.Struct, frozen=True):
     """One load: requests offered, vouchers issued and requests refused a second, latencies of each in milliseconds, CPU
-    microseconds of serve and Valkey per request that was answered."""
+    microseconds of serve and Valkey per request that was answered; what may stand in the way: the cores that each
+    group of processes and the load itself took, and the slowest fsync of Valkey in milliseconds."""
 
     share: float
     offered: float
@@ -37,6 +39,8 @@ class Level(msgspec.Struct, frozen=True):
     p999_ms: float
     refused_p99_ms: float
     cpu_us: float
+    cores: dict[str, float]
+    fsync_ms: float
 
 
 def codes_for(rate: float) -> int:
@@ -47,14 +51,16 @@ def codes_for(rate: float) -> int:
 def sweep(up: Voucherd, saturated: float) -> Iterator[Level]:
     """One level after the other, each when the worker has written what the one before has issued."""
     vouchers = up.vouchers()
-    pids = [*up.groups["serve"], *up.groups["Valkey"]]
+    groups = {**up.groups, "load": [os.getpid()]}
     for share in SHARES:
         rate = share * saturated
         requests = int(rate * LEVEL_S)
-        before = cpu_us(pids)
+        before = {name: cpu_us(pids) for name, pids in groups.items()}
+        up.fsync_ms()
         connections = CONNECTIONS if share < 1 else CONNECTIONS_ABOVE
         seen = run("127.0.0.1", up.port, connections, requests, vouchers, rate=rate)
-        spent = cpu_us(pids) - before
+        spent = {name: cpu_us(pids) - before[name] for name, pids in groups.items()}
+        fsync_ms = up.fsync_ms()
         up.settled()
         issued = seen.statuses.get(200, 0)
         if set(seen.statuses) - {200, 503}:
@@ -62,5 +68,6 @@ def sweep(up: Voucherd, saturated: float) -> Iterator[Level]:
         yield Level(
             share, rate, issued / seen.seconds, (requests - issued) / seen.seconds,
             seen.percentile(0.5) * 1e3, seen.percentile(0.99) * 1e3, seen.percentile(0.999) * 1e3,
-            seen.percentile(0.99, 503) * 1e3, spent / requests,
+            seen.percentile(0.99, 503) * 1e3, (spent["serve"] + spent["Valkey"]) / requests,
+            {name: us / 1e6 / seen.seconds for name, us in spent.items()}, fsync_ms,
         )  # fmt: skip
