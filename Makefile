@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale compare-install chaos-import postman sim
+	bench-scale bench-script compare-install chaos-import postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-outbox: install ## whether the ledger keeps up for ten minutes at 70 % (AR
 
 bench-scale: install ## CPU per voucher at any size, and a publication (ARGS='--records 1000000 --codes 1000000')
 	$(BIN)/python -m loadtest.scale $(ARGS)
+
+bench-script: install ## what the issue script costs a voucher, with and without a rate limit
+	$(BIN)/python -m loadtest.script $(ARGS)
 
 compare-install: install ## what loadtest/compare needs: FastAPI into .venv, Fastify by npm where there is Node
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'

@@ -9,7 +9,8 @@
 --   4  outbox        stream
 --   5  demand        sorted set
 --   6  and on: for each pool its window (list) and its pool hash; for each counter the caps hash of this period
---      and of the next (a total: the same key twice); for each request its replay record (string)
+--      and of the next (a total: the same key twice); for each rate limit its state (string: Unix microseconds from
+--      which on the whole burst may be issued again); for each request its replay record (string)
 -- ARGV
 --   1  generation that the KEYS were made for
 --   2  catalogue version that the requests were routed by
@@ -17,10 +18,12 @@
 --   4  most codes that the outbox may hold
 --   5  most codes to set aside in this call
 --   6  seconds that a replay record lives
---   7  number of pools    8  number of counters    9  number of plans    10  number of requests
+--   7  number of pools    8  number of counters    9  number of rate limits    10  number of plans
+--   11  number of requests
 --   then per pool:     id, least life in seconds
 --        per counter:  start, middle, end (Unix seconds): the first hash counts in [start, middle), the second
 --                      in [middle, end); a total has start 0 and middle = end
+--        per limit:    distributor, vouchers a second, vouchers at once (at most an hour's)
 --        per plan:     number of candidates; for each: pool index, from, until (0: open), rule (opaque text),
 --                      number of caps; for each: counter index, whose count (c: the campaign's, d: the
 --                      distributor's, t: the terminal's), limit
@@ -33,6 +36,8 @@
 --            REPLAY   the record that was there
 --            REUSED   '' : the record that was there has another payload
 --            LOOKUP   '' : no record, but records are being restored: look in the ledger, then ask again
+--            LIMITED  microseconds until as many may be issued to this distributor, and how many may be now; said
+--                     before any campaign is looked at, never of a replay; only what is issued counts
 --            REFILL   pool index: its window is short and not known to be exhausted
 --            BACKLOG  '' : would issue, but the outbox is at its bound
 --            NONE     for each candidate, comma-separated: before, after, capped, exhausted
@@ -54,7 +59,8 @@ end
 -- read: who am I, who asks -------------------------------------------------------------------------------------
 local generation_key, fence_key, totals_key, outbox_key, demand_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local nonce = ARGV[3]
-local now = tonumber(redis.call('TIME')[1])
+local time = redis.call('TIME')
+local now = tonumber(time[1])
 
 local open, replid, restoring = unpack(redis.call('HMGET', generation_key, 'open', 'replid', 'restoring'))
 local present = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
@@ -69,11 +75,13 @@ end
 
 -- read: arguments ------------------------------------------------------------------------------------------------
 local outbox_max, aside_left, retention = integer(4, 0), integer(5, 0), integer(6, 1)
-local pool_count, counter_count, plan_count, request_count = integer(7, 0), integer(8, 0), integer(9, 0), integer(10, 0)
-if bad or retention > 31622400 or #KEYS ~= 5 + 2 * pool_count + 2 * counter_count + request_count then
+local pool_count, counter_count, limit_count = integer(7, 0), integer(8, 0), integer(9, 0)
+local plan_count, request_count = integer(10, 0), integer(11, 0)
+if bad or retention > 31622400
+  or #KEYS ~= 5 + 2 * pool_count + 2 * counter_count + limit_count + request_count then
   return redis.error_reply('BADCALL argument ' .. (bad or 0) .. ' of issue')
 end
-local at = 11 -- the argument to read next
+local at = 12 -- the argument to read next
 local key_at = 6
 
 local pools = {}
@@ -99,6 +107,16 @@ for i = 1, counter_count do
   end
   counters[i] = counter
   at, key_at = at + 3, key_at + 2
+end
+
+local limits, limit_of, limits_at = {}, {}, key_at -- limit_of: by distributor
+for i = 1, limit_count do
+  local limit = {key = KEYS[key_at], rate = integer(at + 1, 1), burst = integer(at + 2, 1)}
+  if bad or limit.burst > 3600 * limit.rate then -- else its state would live for too long
+    return redis.error_reply('BADCALL argument ' .. (bad or at) .. ' of issue')
+  end
+  limits[i], limit_of[ARGV[at]] = limit, limit
+  at, key_at = at + 3, key_at + 1
 end
 
 local plans = {['0'] = {}} -- by their index as it is written in a request: nothing to convert for each
@@ -141,6 +159,7 @@ for i = 1, request_count do
   if not shape then
     local plan, quantity, looked_up, distributor = string.match(text, '^(%d+):(%d+):([01]):([^%c]+)$')
     shape = {plan = plans[plan or ''], quantity = tonumber(quantity or 0), looked_up = looked_up == '1'}
+    shape.limit = limit_of[distributor]
     shape.c, shape.d, shape.t = 'c', 'd:' .. (distributor or ''), 't:' .. (distributor or '') .. ':'
     if not shape.plan or shape.quantity < 1 or shape.quantity > 1000000 then
       return redis.error_reply('BADCALL argument ' .. at + 3 * (i - 1) .. ' of issue')
@@ -174,6 +193,16 @@ for _, pool in ipairs(pools) do
   pool.exhausted = stock and stock == exhausted
   pool.low = count_of(low, pool.hash)
   pool.loaded, pool.taken, pool.usable, pool.codes, pool.asides = 0, 0, 0, {}, {}
+end
+
+-- What a distributor has had is counted in voucher-microseconds (GCRA): a voucher is a million of them, a microsecond
+-- takes away as many as the rate, so nothing is ever rounded but the state, and that never in its favour.
+local now_us = now * 1000000 + tonumber(time[2])
+local states = limit_count > 0 and redis.call('MGET', unpack(KEYS, limits_at, limits_at + limit_count - 1)) or {}
+for i, limit in ipairs(limits) do
+  local since = count_of(states[i], limit.key) - now_us
+  limit.most = limit.burst * 1000000
+  limit.had = math.min(math.max(since, 0) * limit.rate, limit.most) -- more only after the limit or the clock went back
 end
 
 local replays = request_count > 0 and redis.call('MGET', unpack(KEYS, key_at)) or {}
@@ -270,6 +299,14 @@ local function decide(i)
     return 'LOOKUP', ''
   end
   local plan, quantity, terminal, stops = shape.plan, shape.quantity, terminals[i], nil
+  local limit = shape.limit
+  if limit then
+    local over = limit.had + quantity * 1000000 - limit.most
+    if over > 0 then
+      return 'LIMITED', string.format('%d,%d', math.ceil(over / limit.rate),
+        math.floor((limit.most - limit.had) / 1000000))
+    end
+  end
   for c = 1, #plan do
     local candidate = plan[c]
     local pool, take, stop = candidate.pool, quantity, nil
@@ -304,6 +341,9 @@ local function decide(i)
         return 'BACKLOG', ''
       end
       room = room - take
+      if limit then
+        limit.had, limit.raised = limit.had + take * 1000000, true
+      end
       for k = 1, #candidate do
         local counter, field = candidate[k].counter, fields[k]
         -- two caps may share a counter (distributor and day, say), never a field: one rule, one limit
@@ -355,6 +395,13 @@ if leaving > 0 then
   redis.call('HSET', totals_key, 'seq', string.format('%d', seq + 1),
     'codes', string.format('%d', totals[2] + leaving), 'popped', string.format('%d', totals[3] + codes_issued),
     'set_aside', string.format('%d', totals[4] + #asides))
+  for _, limit in ipairs(limits) do
+    if limit.raised then
+      local left = math.ceil(limit.had / limit.rate)
+      redis.call('SET', limit.key, string.format('%d', now_us + left),
+        'EX', string.format('%d', math.ceil(left / 1000000) + 1)) -- + 1: the server counts from when the call began
+    end
+  end
   for _, counter in ipairs(counters) do
     local counts = {}
     for field in pairs(counter.raised) do

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from service import zones
-from service.domain import CapHolder, Considered, Nothing, Rule, Stop, Terms, Unavailable
+from service.domain import CapHolder, Considered, Nothing, RateLimit, Rule, Stop, Terms, Unavailable
 from service.scripts import Candidate, CountedCap, Counter, Plan
 from service.tokens import digest
 
@@ -113,6 +113,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     """Everything issuing needs to know of the control plane at one version.
 
     ``tokens``: SHA-256 of the token, hex -> distributor.  ``distributors``: id -> active?  ``clients``: by their ids.
+    ``limits``: of the distributors that have one.
     """
 
     version: int
@@ -123,6 +124,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     products: tuple[Product, ...] = ()
     clients: dict[str, Client] = {}
     signing_keys: tuple[SigningKey, ...] = ()
+    limits: dict[str, RateLimit] = {}
 
 
 class _Slices(msgspec.Struct, frozen=True, array_like=True):
@@ -151,9 +153,10 @@ class _Slices(msgspec.Struct, frozen=True, array_like=True):
 def encode(snapshot: Snapshot) -> bytes:
     """The snapshot as it is published: slices, so that a process can load a large one without standing still."""
     tokens, distributors = list(snapshot.tokens.items()), list(snapshot.distributors.items())
-    clients = list(snapshot.clients.items())
+    clients, limits = list(snapshot.clients.items()), list(snapshot.limits.items())
     parts: tuple[Sized, ...] = (
         tokens, distributors, snapshot.pools, snapshot.campaigns, snapshot.products, clients, snapshot.signing_keys,
+        limits,
     )  # fmt: skip
     longest = max(1, *map(len, parts))
     slices = [
@@ -166,6 +169,7 @@ def encode(snapshot: Snapshot) -> bytes:
             snapshot.products[i : i + SLICE],
             dict(clients[i : i + SLICE]),
             snapshot.signing_keys[i : i + SLICE],
+            dict(limits[i : i + SLICE]),
         )
         for i in range(0, longest, SLICE)
     ]
@@ -187,6 +191,7 @@ def decode(blob: bytes) -> Snapshot:
         tuple(product for part in parts for product in part.products),
         {id: client for part in parts for id, client in part.clients.items()},
         tuple(key for part in parts for key in part.signing_keys),
+        {id: limit for part in parts for id, limit in part.limits.items()},
     )
 
 
@@ -256,6 +261,7 @@ class Catalogue:
         """Nothing is in it; ``load`` makes those that hold something."""
         self.version = version
         self.signing_keys: tuple[SigningKey, ...] = ()
+        self.limits: dict[str, RateLimit] = {}  # of the distributors that have one
         self._tokens: dict[str, str] = {}
         self._distributors: dict[str, bool] = {}
         self._pools: dict[str, Pool] = {}
@@ -278,6 +284,7 @@ class Catalogue:
         self._products.update((product.code, product) for product in part.products)
         self._clients.update(part.clients)
         self.signing_keys += part.signing_keys
+        self.limits.update(part.limits)
 
     def _sort(self) -> None:
         for campaigns in self._by_product.values():

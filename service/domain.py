@@ -28,6 +28,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from service.messages import QUANTITY_MAX
+
 LAYOUT: Final = "2"
 RECORD_SEPARATOR: Final = "\x1e"  # between records (and between set-aside codes) in one outbox entry
 
@@ -257,8 +259,43 @@ class Busy(msgspec.Struct, frozen=True):
     code: Literal["overloaded", "store_unreachable", "refilling", "draining"]
 
 
+class RateLimit(msgspec.Struct, frozen=True, array_like=True):
+    """What a distributor may be issued: ``rate`` vouchers a second, and ``burst`` at once after a rest of
+    ``burst / rate`` seconds."""
+
+    rate: int
+    burst: int
+
+    @classmethod
+    def of(cls, rate: int, burst: int | None) -> RateLimit:
+        """``burst`` None: what the rate gives in a second, but no less than one request may ask for."""
+        return cls(rate, max(rate, BURST_MIN) if burst is None else burst)
+
+    @property
+    def rest_s(self) -> int:
+        """Seconds after which the whole burst is there again."""
+        return -(-self.burst // self.rate)
+
+
+RATE_MAX: Final = 1_000_000  # vouchers a second
+BURST_MIN: Final = QUANTITY_MAX  # below, a request that is allowed could never be answered
+BURST_S_MAX: Final = 3_600  # what is saved for longer is a cap; ``lua/issue.lua`` takes no more
+
+
 class RateLimited(msgspec.Struct, frozen=True):
-    """The distributor asks more often than it may.  Nothing was issued."""
+    """The distributor was issued as much as its limit lets it have.  Nothing was issued to this request.
+
+    ``left`` vouchers may be issued to it now, as many as it asked for after ``wait_us`` microseconds.
+    """
+
+    limit: RateLimit
+    left: int
+    wait_us: int
+
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds after which the request is within the limit, if nothing else was issued meanwhile."""
+        return -(-self.wait_us // 1_000_000)
 
 
 class Authenticated(msgspec.Struct, frozen=True):

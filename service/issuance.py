@@ -28,6 +28,7 @@ from service.domain import (
     Issued,
     KeyReused,
     Outcome,
+    RateLimit,
     RateLimited,
     Record,
     Request,
@@ -88,7 +89,6 @@ class Issuer:
         retention_s: int,
         queue_max: int,
         deadline_s: float,
-        distributor_rate_max: int = 0,
         id_key: str = "",
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
@@ -100,7 +100,6 @@ class Issuer:
         self._retention_s = retention_s
         self._queue_max = queue_max
         self._deadline_s = deadline_s
-        self._rates = _Rates(distributor_rate_max) if distributor_rate_max else None
         self._id_key = id_key
         self._clock = clock
         self._unix_clock = unix_clock
@@ -263,15 +262,12 @@ class Issuer:
                 refused.append((waiting, DISTRIBUTOR_MISMATCH))
             elif not catalogue.active(distributor):
                 refused.append((waiting, SUSPENDED))
-            elif self._rates is not None and not (waiting.admitted or self._rates.admit(distributor, self._clock())):
-                refused.append((waiting, RATE_LIMITED))
             else:
-                waiting.admitted = True  # asked again after a refill or a newer catalogue it is not counted again
                 if request.api == "v1":
                     route = catalogue.route(distributor, request.products)
                 else:
                     route = catalogue.product_route(distributor, request.products[0], request.face_value, self._id_key)
-                waiting.route, waiting.plan = route, route.plan
+                waiting.route, waiting.plan, waiting.limit = route, route.plan, catalogue.limits.get(distributor)
                 waiting.looked_up = waiting.looked_up_in == self._generation
                 routed.append(waiting)
         return routed, refused
@@ -331,7 +327,7 @@ class Issuer:
 
     def _answer_routed(self, routed: Sequence[_Waiting], reply: Reply) -> None:
         unknown: list[_Waiting] = []
-        issued = replayed = 0
+        issued = replayed = limited = backlog = 0
         for waiting, answer in zip(routed, reply.answers, strict=True):
             status, detail = answer.status, answer.detail
             if status == "ISSUED":  # a cap may have left fewer than were asked for
@@ -344,12 +340,19 @@ class Issuer:
             elif status == "LOOKUP":
                 unknown.append(waiting)
             elif status == "BACKLOG":
+                backlog += 1
                 self._answer(waiting, OVERLOADED)
+            elif status == "LIMITED":
+                limited += 1
+                self._answer(waiting, _limited(waiting.limit, detail))
             else:
                 replayed += status == "REPLAY"
                 self._answer(waiting, _settled(answer))
         metrics.vouchers_issued.inc(issued)
         metrics.replays.inc(replayed)
+        if limited or backlog:
+            metrics.guard_refusals.labels("rate_limit").inc(limited)
+            metrics.guard_refusals.labels("outbox").inc(backlog)
         if unknown:
             self._spawn(self._look_up(unknown, reply.generation))
 
@@ -474,7 +477,6 @@ class _Waiting(Routed, eq=False, kw_only=True):
     deadline: float
     route: Route = NO_ROUTE
     done: bool = False
-    admitted: bool = False
     looked_up_in: int = -1  # the generation that was open when the ledger was found not to know the key
     refill_pause_s: float = REFILL_RETRY_S_MIN
 
@@ -487,20 +489,6 @@ class _Waiting(Routed, eq=False, kw_only=True):
 _Asking = _Check | _Waiting
 
 
-class _Rates:
-    """How many requests each distributor may still make: refilled by the second, at most one second's worth saved."""
-
-    def __init__(self, per_second: int) -> None:
-        self._per_second = per_second
-        self._left: dict[str, tuple[float, float]] = {}  # by distributor: requests left, as of when
-
-    def admit(self, distributor: str, now: float) -> bool:
-        left, at = self._left.get(distributor, (float(self._per_second), now))
-        left = min(float(self._per_second), left + (now - at) * self._per_second)
-        self._left[distributor] = (left - 1 if left >= 1 else left, now)
-        return left >= 1
-
-
 OVERLOADED: Final = Busy("overloaded")
 UNREACHABLE: Final = Busy("store_unreachable")
 REFILLING: Final = Busy("refilling")
@@ -508,7 +496,6 @@ DRAINING: Final = Busy("draining")
 TOKEN_UNKNOWN: Final = Unauthorized("token_unknown")
 DISTRIBUTOR_MISMATCH: Final = Unauthorized("distributor_mismatch")
 SUSPENDED: Final = Suspended()
-RATE_LIMITED: Final = RateLimited()
 KEY_REUSED: Final = KeyReused()
 
 
@@ -523,6 +510,13 @@ def _authenticated(credential: str, catalogue: Catalogue) -> Authenticated | Una
     if distributor is None:
         return TOKEN_UNKNOWN
     return Authenticated(distributor) if catalogue.active(distributor) else SUSPENDED
+
+
+def _limited(limit: RateLimit | None, detail: str) -> RateLimited:
+    """What LIMITED means."""
+    assert limit is not None, "the script limits only whom it was told to"
+    wait_us, left = detail.split(",")
+    return RateLimited(limit, int(left), int(wait_us))
 
 
 def _settled(answer: Answer) -> Issued | KeyReused:

@@ -68,6 +68,11 @@ def caps(partition: int, generation: int, campaign: str, period: str) -> str:
     return f"{tag(partition)}:{generation}:caps:{campaign}:{period}"
 
 
+def rate(partition: int, generation: int, distributor: str) -> str:
+    """String: Unix microseconds from which on the distributor may have its whole burst again.  Expires then."""
+    return f"{tag(partition)}:{generation}:rate:{distributor}"
+
+
 def replay(partition: int, generation: int, api: str, client: str, key: str) -> str:
     """String: the record of one answered request.  Expires after the published retention."""
     return f"{replays(partition, generation)}{api}:{client}:{short(key)}"

@@ -49,6 +49,9 @@ replays = Counter("voucherd_replays", "Requests answered from their record")
 queue = Gauge("voucherd_queue_vouchers", "Vouchers that wait for a batch now", multiprocess_mode="livesum")
 batch_requests = Histogram("voucherd_batch_requests", "Requests in one call of the issue script", buckets=BATCHES)
 batch_replies = Counter("voucherd_batch_replies", "Replies to whole batches (OK, STALE, LOST, CLOCK)", ["status"])
+guard_refusals = Counter(
+    "voucherd_guard_refusals", "Requests refused for the sake of other requests (429, 503), by guard", ["guard"]
+)
 refill_waits = Counter("voucherd_refill_waits", "Requests that waited for a window to be refilled")
 fence_checks = Counter("voucherd_fence_checks", "Bare fence checks, made when no batch was on its way")
 catalogue_version = Gauge(

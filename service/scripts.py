@@ -29,7 +29,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service import keys
-from service.domain import RECORD_SEPARATOR, CapHolder, Code, Request
+from service.domain import RECORD_SEPARATOR, CapHolder, Code, RateLimit, Request
 from service.errors import Misconfigured, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
@@ -105,11 +105,13 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
 
 class Routed(msgspec.Struct):
-    """One request on its way into a batch.  ``looked_up``: its key is not in the ledger, as of a moment ago."""
+    """One request on its way into a batch.  ``looked_up``: its key is not in the ledger, as of a moment ago.
+    ``limit``: its distributor's, the same for all requests of it in a batch."""
 
     request: Request
     plan: Plan
     looked_up: bool = False
+    limit: RateLimit | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -224,6 +226,7 @@ class Scripts:
         pools: dict[str, int] = {}
         counters: dict[Counter, int] = {}
         plans: dict[Plan, int] = {}
+        limits: dict[str, RateLimit] = {}
         pool_args: list[str | int] = []
         pool_keys: list[str] = []
         counter_args: list[str | int] = []
@@ -243,6 +246,8 @@ class Scripts:
                     )
                 else:
                     index = 0
+            if routed.limit is not None:
+                limits[request.distributor] = routed.limit
             api, client, key = request.api, request.client, request.key
             replay_keys.append(f"{replays}{api}:{client}:{keys.short(key)}")
             request_args += (
@@ -253,10 +258,11 @@ class Scripts:
         raw = await self._call(
             "issue",
             [self._generation, self._fence, keys.totals(p, g), keys.outbox(p, g), self._demand,
-             *pool_keys, *counter_keys, *replay_keys],
+             *pool_keys, *counter_keys, *[keys.rate(p, g, distributor) for distributor in limits], *replay_keys],
             [g, version, nonce, outbox_max, SET_ASIDE_MAX, retention_s,
-             len(pools), len(counters), len(plans), len(batch),
-             *pool_args, *counter_args, *plan_args, *request_args],
+             len(pools), len(counters), len(limits), len(plans), len(batch), *pool_args, *counter_args,
+             *[value for distributor, limit in limits.items() for value in (distributor, limit.rate, limit.burst)],
+             *plan_args, *request_args],
         )  # fmt: skip
         return await self._batch_reply(raw, nonce, [routed.request for routed in batch], tuple(pools))
 

@@ -58,8 +58,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """seconds that a repeated request gets its first answer"""
     queue_max: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 2_048
     """vouchers that may wait for a batch in one process; past it 503 `overloaded`"""
-    distributor_rate_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
-    """requests per second of one distributor in one process; past it 429; 0 for no limit"""
     deadline_ms: Annotated[int, msgspec.Meta(ge=50, le=60_000)] = 2_000
     """longest wait of a request before 503"""
     redis_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=10_000)] = 1_000

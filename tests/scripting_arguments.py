@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from service import keys
-from service.domain import Code, Record, Rule
+from service.domain import Code, RateLimit, Record, Rule
 from service.scripts import NAMES, Count, Counter, Routed, Scripts, load
 from tests.scripting import DISTRIBUTOR, YEAR_S, Bench, candidate, cap, plan, request, statuses
 
@@ -93,7 +93,10 @@ async def prepare(bench: Bench) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     for door in (
         doors.issue(
-            [Routed(one, both) for one in (request("old"), request("a", quantity=2), request("b", terminal="T-2"))],
+            [
+                Routed(one, both, limit=RateLimit(7, 20))
+                for one in (request("old"), request("a", quantity=2), request("b", terminal="T-2"))
+            ],
             generation=1, version=1, outbox_max=1_000, retention_s=86_400, bounds=bounds,
         ),
         doors.replay([request("old"), request("new")], generation=1, version=1),
@@ -252,7 +255,7 @@ class Ground:
             numbers = []
             if kind == "hash":
                 numbers = [value for field, value in content.items() if _is_number(key, field)]
-            elif key == keys.fence(0) and kind == "string" and content != "some text":
+            elif key in (keys.fence(0), keys.rate(0, 1, DISTRIBUTOR)) and kind == "string" and content != "some text":
                 numbers = [content]
             for number in numbers:
                 assert PLAIN.fullmatch(number), f"left {number!r} in {key}: {call}"

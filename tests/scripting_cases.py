@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from service import keys
-from service.domain import Code, Record, Rule
+from service.domain import Code, RateLimit, Record, Rule
 from service.errors import RedisFull, ScriptFailed
 from service.scripts import SET_ASIDE_MAX, Count, Counter, Routed, parse_separated
 from tests.scripting import (
@@ -390,6 +390,81 @@ class ScriptCases:
         [entry, _] = await bench.outbox()
         assert await bench.scripts.flushed("ledger", [(entry[0], 4)], generation=1, seq=1) == 1
         assert await bench.words(Routed(request("b", quantity=2), same), outbox_max=5) == ["ISSUED"]
+
+    # --- issue: rate limit ------------------------------------------------------------------------------------------
+
+    async def test_a_distributor_is_issued_its_burst_at_once_and_no_more(self, bench: Bench) -> None:
+        """Replays are exempt, and so is every other distributor."""
+        await bench.restock(count=40)
+        limit = RateLimit(1, 5)
+        mine = [Routed(request(f"r{i}"), plan(), limit=limit) for i in range(7)]
+        other = [Routed(request(f"o{i}", distributor="DIST-2"), plan()) for i in range(7)]
+        reply = await bench.issue(*mine[:4], mine[0], *other, *mine[4:], mine[6])
+        words = [answer.status for answer in reply.answers]
+        assert words == ["ISSUED"] * 4 + ["REPLAY"] + ["ISSUED"] * 7 + ["ISSUED"] + ["LIMITED"] * 3
+        wait_us, left = map(int, reply.answers[-1].detail.split(","))
+        assert 0 < wait_us <= 1_000_000
+        assert left == 0
+        assert await bench.words(mine[1], mine[5]) == ["REPLAY", "LIMITED"]
+
+    async def test_in_no_stretch_of_time_is_more_issued_than_burst_and_rate_allow(self, bench: Bench) -> None:
+        await bench.restock(count=60)
+        limit, given, began = RateLimit(400, 20), 0, await _microseconds(bench)
+        while given < 60:  # as fast as it goes, several at a time
+            batch = [Routed(request(f"r{given}-{i}", quantity=2), plan(), limit=limit) for i in range(3)]
+            reply = await bench.issue(*batch)
+            given += 2 * sum(answer.status == "ISSUED" for answer in reply.answers)
+            assert given <= limit.burst + limit.rate * (await _microseconds(bench) - began) / 1_000_000
+            assert await _microseconds(bench) - began < 60_000_000, f"{given} vouchers in a minute"
+            if bench.memory is not None:
+                bench.memory.now = (bench.memory.now or await bench.now()) + 1
+
+    async def test_a_limit_counts_vouchers_and_only_those_that_were_issued(self, bench: Bench) -> None:
+        await bench.restock(count=30)
+        limit, capped = RateLimit(1, 20), plan(candidate(cap(3)))
+        shut, dry = plan(candidate(cap(0, campaign="SHUT"))), plan(candidate(pool="DRY"))
+
+        async def ask(key: str, quantity: int, which: Any = None, **options: Any) -> tuple[str, str]:
+            routed = Routed(request(key, quantity=quantity), which or plan(), limit=limit)
+            [answer] = (await bench.issue(routed, **options)).answers
+            return answer.status, answer.detail
+
+        assert (await ask("shut", 20, shut))[0] == "NONE"
+        assert (await ask("dry", 20, dry))[0] == "REFILL"
+        assert (await ask("full", 20, outbox_max=1))[0] == "BACKLOG"
+        assert (await ask("capped", 20, capped))[0] == "ISSUED"  # three of them
+        assert (await ask("many", 15))[0] == "ISSUED"
+        status, detail = await ask("more", 20)
+        wait_us, left = map(int, detail.split(","))
+        assert status == "LIMITED"
+        assert left in (2, 3)  # with what a slow moment of the test itself gives
+        assert 16_000_000 < wait_us <= 18_000_000
+        assert (await ask("few", 2))[0] == "ISSUED"
+        assert (await ask("gone", 20, NOTHING))[0] == "LIMITED", "before any campaign is looked at"
+
+    async def test_the_state_of_a_limit_goes_when_it_says_nothing_any_more(self, bench: Bench) -> None:
+        await bench.restock(count=30)
+        key, now_us = keys.rate(0, 1, DISTRIBUTOR), await _microseconds(bench)
+        assert await bench.words(Routed(request("none", quantity=9), NOTHING, limit=RateLimit(2, 20))) == ["NONE"]
+        assert not await bench.redis.exists(key)
+        assert await bench.words(Routed(request("some", quantity=9), plan(), limit=RateLimit(2, 20))) == ["ISSUED"]
+        assert 4_500_000 <= int(await bench.redis.get(key)) - now_us < 60_000_000
+        assert 4_500 < await bench.redis.pttl(key) <= 6_000
+
+    async def test_a_limit_that_was_lowered_or_a_clock_that_went_back_keeps_nobody_out_for_longer_than_a_burst(
+        self, bench: Bench
+    ) -> None:
+        await bench.restock(count=30)
+        await bench.redis.set(keys.rate(0, 1, DISTRIBUTOR), await _microseconds(bench) + 3_600_000_000, ex=3_600)
+        reply = await bench.issue(Routed(request(), plan(), limit=RateLimit(2, 20)))
+        assert (reply.answers[0].status, reply.answers[0].detail) == ("LIMITED", "500000,0")
+
+    @pytest.mark.parametrize("limit", [RateLimit(0, 20), RateLimit(1, 0), RateLimit(1, 3_601), RateLimit(-1, 20)])
+    async def test_a_limit_that_can_not_be_counted_issues_nothing(self, bench: Bench, limit: RateLimit) -> None:
+        await bench.restock()
+        with pytest.raises(ScriptFailed):
+            await bench.issue(Routed(request(), plan(), limit=limit))
+        assert len(await bench.window()) == 10
 
     # --- issue: set aside -------------------------------------------------------------------------------------------
 
@@ -771,3 +846,9 @@ class ScriptCases:
         assert Record.unpack(first.answers[0].detail).payload == payload
         again = await bench.issue(Routed(request("k:%{1}", terminal="T-ü", payload=payload), plan()))
         assert again.answers[0].detail == first.answers[0].detail
+
+
+async def _microseconds(bench: Bench) -> int:
+    """The server's clock, in Unix microseconds."""
+    second, microsecond = await bench.redis.time()
+    return int(second) * 1_000_000 + int(microsecond)

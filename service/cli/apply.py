@@ -38,10 +38,10 @@ def apply(
     Applied again, it changes nothing. What the file does not name stays as it is, and is listed. If somebody else
     changes the same between the plan and its execution, nothing is applied.
 
-    pools: id, expires, least_life, pattern, expires_after. distributors: id, name, active. campaigns: id, category,
-    products, pool, priority, from, until, time_zone, paused, caps, assigned. Each of assigned: distributor, caps.
-    Values are written as the options of `pool create` and `campaign create` are, caps as {total: 5000, terminal:
-    {day: 1}}; null takes a cap, an end or an expiry away.
+    pools: id, expires, least_life, pattern, expires_after. distributors: id, name, active, rate, burst. campaigns: id,
+    category, products, pool, priority, from, until, time_zone, paused, caps, assigned. Each of assigned: distributor,
+    caps. Values are written as the options of `pool create` and `campaign create` are, caps as {total: 5000, terminal:
+    {day: 1}}; null takes a cap, a rate, an end or an expiry away.
     """
     name = "standard input" if str(file) == "-" else file.name
     wanted = declaration(_read(file), name)

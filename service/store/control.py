@@ -17,7 +17,7 @@ from sqlalchemy import Select, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Campaign, Cap, Client, Pool, Product, SigningKey, Snapshot
-from service.domain import Terms
+from service.domain import BURST_MIN, BURST_S_MAX, RATE_MAX, RateLimit, Terms
 from service.errors import Conflict, NotFound
 from service.store.schema import (
     assignments,
@@ -66,6 +66,19 @@ async def rename(connection: AsyncConnection, distributor: str, name: str) -> No
     await lock(connection)
     await require_distributor(connection, distributor)
     await connection.execute(update(distributors).where(distributors.c.id == distributor).values(name=name))
+
+
+async def set_limit(connection: AsyncConnection, distributor: str, limit: RateLimit | None) -> None:
+    """The distributor is issued no more than this, or as much as it asks for.
+
+    Raises NotFound, Conflict if a value is out of its range.
+    """
+    if limit is not None:
+        _check_limit(limit)
+    await lock(connection)
+    await require_distributor(connection, distributor)
+    values = {"rate": None, "burst": None} if limit is None else {"rate": limit.rate, "burst": limit.burst}
+    await connection.execute(update(distributors).where(distributors.c.id == distributor).values(values))
 
 
 async def add_credential(connection: AsyncConnection, distributor: str, token_sha256: str, now: int) -> None:
@@ -189,7 +202,7 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
         .where(credentials.c.revoked_at.is_(None))
         .order_by(credentials.c.token_sha256)
     )
-    known = await rows(select(distributors.c.id, distributors.c.active).order_by(distributors.c.id))
+    known = await rows(select(distributors).order_by(distributors.c.id))
     stocks = await connection.execute(select(pools.c.id, pools.c.least_life_s).order_by(pools.c.id))
     served = defaultdict[str, list[str]](list)
     for campaign, product in await rows(
@@ -216,7 +229,7 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
     return Snapshot(
         version=version,
         tokens=dict(tokens),
-        distributors=dict(known),
+        distributors={row.id: row.active for row in known},
         pools=tuple(Pool(id, least_life_s) for id, least_life_s in stocks),
         campaigns=tuple(
             Campaign(
@@ -250,6 +263,7 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
             row.id: Client(row.distributor, row.secret_sha256, tuple(row.scopes.split()), row.active) for row in asking
         },
         signing_keys=tuple(SigningKey(row.kid, row.public, row.sealed, row.verifies_until or 0) for row in signing),
+        limits={row.id: RateLimit(row.rate, row.burst) for row in known if row.rate is not None},
     )
 
 
@@ -311,6 +325,16 @@ _NO_TEXT: Final = re.compile(r"[\ud800-\udfff\0]")
 def _check_name(name: str) -> None:
     if not 1 <= len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
         raise Conflict(f"a distributor's name has 1 to {NAME_CHARACTERS_MAX} printable characters")
+
+
+def _check_limit(limit: RateLimit) -> None:
+    if not 1 <= limit.rate <= RATE_MAX:
+        raise Conflict(f"a rate is 1 to {RATE_MAX:,} vouchers a second")
+    if not BURST_MIN <= limit.burst <= limit.rate * BURST_S_MAX:
+        raise Conflict(
+            f"a burst is at least {BURST_MIN}, the largest quantity of one request, and at most what the rate gives in "
+            f"an hour: {limit.rate * BURST_S_MAX:,} vouchers at {limit.rate:,} a second"
+        )
 
 
 def _check_pool(id: str, default_expires_at: int | None, least_life_s: int, now: int) -> None:

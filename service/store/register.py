@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Campaign, Product
+from service.domain import RateLimit
 from service.errors import NotFound
 from service.store import control, stock
 from service.store.campaigns import Noun, noun_of, of_the_other_kind
@@ -68,14 +69,21 @@ class Registered(msgspec.Struct, frozen=True):
 
 
 class Distributor(msgspec.Struct, frozen=True):
-    """``tokens`` that are valid, and ``campaigns`` assigned: how many."""
+    """``rate`` and ``burst`` are None if there is no limit; ``tokens`` that are valid, and ``campaigns`` assigned: how
+    many."""
 
     id: str
     name: str
     active: bool
     created_at: int
+    rate: int | None
+    burst: int | None
     tokens: int
     campaigns: int
+
+    @property
+    def limit(self) -> RateLimit | None:
+        return None if self.rate is None or self.burst is None else RateLimit(self.rate, self.burst)
 
 
 class Token(msgspec.Struct, frozen=True):

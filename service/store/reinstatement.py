@@ -51,7 +51,7 @@ def differences(was: Snapshot, now: Snapshot) -> list[Difference]:
         distributor = was.tokens.get(token) or now.tokens[token]
         states = ("valid", "revoked") if token in was.tokens else (None, "valid")
         found.append(Difference("token", token[:DIGEST_CHARACTERS], f"of {distributor}", *states))
-    found += _compare("distributor", _actives(was), _actives(now))
+    found += _compare("distributor", _distributors_of(was), _distributors_of(now))
     found += _compare("pool", _by_id(was.pools), _by_id(now.pools))
     found += _compare("campaign", _by_id(was.campaigns), _by_id(now.campaigns))
     found += _compare("product", {one.code: one for one in was.products}, {one.code: one for one in now.products})
@@ -102,6 +102,8 @@ async def _distributors(conn: AsyncConnection, was: Snapshot, snapshot: Snapshot
             await conn.execute(insert(distributors), {"id": id, "name": id, "active": active, "created_at": since})
         elif was.distributors[id] != active:
             await control.set_active(conn, id, active)
+        if was.limits.get(id) != snapshot.limits.get(id):
+            await control.set_limit(conn, id, snapshot.limits.get(id))
 
 
 async def _tokens(conn: AsyncConnection, was: Snapshot, snapshot: Snapshot, now: int) -> None:
@@ -200,12 +202,18 @@ def _by_id(things: Iterable[Any]) -> dict[str, Any]:
     return {one.id: one for one in things}
 
 
-class _Active(msgspec.Struct, frozen=True):
+class _Distributor(msgspec.Struct, frozen=True):
     active: bool
+    rate: int | None
+    burst: int | None
 
 
-def _actives(snapshot: Snapshot) -> dict[str, _Active]:
-    return {id: _Active(active) for id, active in snapshot.distributors.items()}
+def _distributors_of(snapshot: Snapshot) -> dict[str, _Distributor]:
+    return {
+        id: _Distributor(active, None if limit is None else limit.rate, None if limit is None else limit.burst)
+        for id, active in snapshot.distributors.items()
+        for limit in (snapshot.limits.get(id),)
+    }
 
 
 def _compare(kind: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:

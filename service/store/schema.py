@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 # What the migrations lead to, oldest first: a process that only looks need not load alembic.
-REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004")
+REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004", "pre_0005")
 
 metadata = MetaData(
     naming_convention={
@@ -50,6 +50,8 @@ distributors = Table(
     Column("name", String(200), nullable=False),
     Column("active", Boolean, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("rate", BigInteger),  # vouchers a second, and burst at once; both null: no limit
+    Column("burst", BigInteger),
 )
 
 credentials = Table(

@@ -135,7 +135,7 @@ def _client_api(scope_prefix: str) -> Node:
                 "issueVouchers", "Issue 1 to 20 vouchers of a product under one key", "issue_vouchers", issued,
                 ("face_value", "exhausted", "body", "quantity", "key_missing", "key_malformed", "not_assigned",
                  "no_product", "paused", "not_valid", "cap_reached", "too_large", "unsupported_media_type",
-                 "key_reused", "store_unreachable", "refilling"),
+                 "key_reused", "rate_limited", "store_unreachable", "refilling"),
                 parameters=[code, key], requestBody=_body(messages.IssueRequest),
             ),
         },
@@ -174,7 +174,7 @@ _UUID: Final = {"type": "string", "format": "uuid"}
 _NAME: Final = {"type": "string", "pattern": f"^{messages.NAME}$"}
 _EVERYWHERE: Final = (
     "malformed_request", "token_missing", "token_malformed", "token_expired", "token_unknown", "scope_missing",
-    "suspended", "rate_limited", "internal", "overloaded", "draining",
+    "suspended", "internal", "overloaded", "draining",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 import orjson
 
-from service.domain import Considered
+from service.domain import Considered, RateLimited
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -102,7 +102,8 @@ PROBLEMS: Final[dict[str, Problem]] = {
         "This request_id was used before, with another terminal_id or other product_ids. Nothing was issued.",
     ),
     "rate_limited": Problem(
-        429, "rate limited", "Too many requests", f"Too many requests at once. {_SAFE}",
+        429, "rate limited", "Too many vouchers asked for",
+        f"This distributor was issued as many vouchers as it may be at a time. {_SAFE}",
         retryable=True, retry_after_s=RETRY_AFTER_S,
     ),
     "headers_too_large": Problem(
@@ -136,9 +137,11 @@ def problem(
     detail: str | None = None,
     request_id: str | None = None,
     headers: Iterable[tuple[bytes, bytes]] = (),
+    retry_after_s: int | None = None,
     **members: object,
 ) -> Answer:
-    """The answer for ``code``, a key of PROBLEMS.  ``detail`` replaces the table's; ``members`` are added as they are.
+    """The answer for ``code``, a key of PROBLEMS.  ``detail`` and ``retry_after_s`` replace the table's; ``members``
+    are added as they are.
 
     Neither may hold a token, a voucher code, or text of a client that was not validated.
     """
@@ -156,7 +159,8 @@ def problem(
     content["retryable"] = row.retryable
     content.update(members)
     body = orjson.dumps(content)
-    retry_after = () if row.retry_after_s is None else ((b"retry-after", b"%d" % row.retry_after_s),)
+    seconds = row.retry_after_s if retry_after_s is None else retry_after_s
+    retry_after = () if seconds is None else ((b"retry-after", b"%d" % seconds),)
     sent = (
         (b"content-type", b"application/problem+json"),
         (b"content-length", b"%d" % len(body)),
@@ -174,6 +178,23 @@ def method_not_allowed(allow: str, request_id: str | None = None) -> Answer:
         detail=f"This path takes only {allow}.",
         request_id=request_id,
         headers=[(b"allow", allow.encode("ascii"))],
+    )
+
+
+def rate_limited(limited: RateLimited, request_id: str) -> Answer:
+    """429, with when the same request is within the limit."""
+    return problem(
+        "rate_limited", request_id=request_id, headers=limit_fields(limited), retry_after_s=limited.retry_after_s
+    )
+
+
+def limit_fields(limited: RateLimited) -> Headers:
+    """What the limit is, and what of it is left, in the fields of draft-ietf-httpapi-ratelimit-headers-10: a quota of
+    ``q`` vouchers for a window of ``w`` seconds, ``r`` left now, and what was asked for in ``t`` seconds."""
+    limit = limited.limit
+    return (
+        (b"ratelimit-policy", b'"vouchers";q=%d;w=%d' % (limit.burst, limit.rest_s)),
+        (b"ratelimit", b'"vouchers";r=%d;t=%d' % (limited.left, limited.retry_after_s)),
     )
 
 

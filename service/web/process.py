@@ -77,7 +77,6 @@ async def build(settings: Settings) -> AsyncIterator[App]:
             retention_s=settings.replay_retention_s,
             queue_max=settings.queue_max,
             deadline_s=settings.deadline_ms / 1000,
-            distributor_rate_max=settings.distributor_rate_max,
             id_key="" if secrets is None else secrets.ids.current,
         )
         preloading = asyncio.create_task(preload.run())

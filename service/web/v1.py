@@ -37,7 +37,7 @@ from service.domain import (
 from service.messages import KEY, NAME, PRODUCTS_MAX, TERMINAL
 from service.tokens import well_formed
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
-from service.web.problems import Answer, Headers, method_not_allowed, problem, unavailable
+from service.web.problems import Answer, Headers, method_not_allowed, problem, rate_limited, unavailable
 
 if TYPE_CHECKING:  # the parent of the serving processes needs neither it nor redis-py below it
     from service.catalogue import Catalogue
@@ -168,7 +168,7 @@ def told(outcome: Outcome, request: Request) -> Answer:
         case Suspended():
             return problem("distributor_suspended", request_id=request.key)
         case RateLimited():
-            return problem("rate_limited", request_id=request.key)
+            return rate_limited(outcome, request.key)
 
 
 # --- the answer, from a record

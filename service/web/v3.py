@@ -31,7 +31,7 @@ from service.identity import IdKeys
 from service.messages import QUANTITY_MAX, IssueRequest
 from service.web.access import Access
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
-from service.web.problems import Answer, Headers
+from service.web.problems import Answer, Headers, limit_fields
 from service.web.v1 import Issuing
 from service.web.v3_catalogue import out_of_force
 from service.web.v3_errors import JSON, error_body, new_request_id, refusal
@@ -176,7 +176,8 @@ def told(outcome: Outcome, request: Request, ids: IdKeys, key: bytes) -> Answer:
         case KeyReused():
             return refusal("key_reused", headers=echoed)
         case RateLimited():
-            return refusal("rate_limited", headers=echoed)
+            limited = (*echoed, *limit_fields(outcome))
+            return refusal("rate_limited", headers=limited, retry_after_s=outcome.retry_after_s)
         case Busy(code):
             return refusal(code, headers=echoed)
 

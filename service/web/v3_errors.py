@@ -98,7 +98,11 @@ REFUSALS: Final[dict[str, Refusal]] = {
         "422-B03", "Idempotency-Key used before",
         "This key was used for another request. Use one key for each sale, and a new one for the next.",
     ),
-    "rate_limited": Refusal("429-B04", "Too many requests", f"Slow down. {_SAFE}", retryable=True),
+    "rate_limited": Refusal(
+        "429-B04", "Too many vouchers asked for",
+        f"As many were issued to you as may be at a time. Smaller quantities may go through earlier. {_SAFE}",
+        retryable=True,
+    ),
     "internal": Refusal("500-B05", "Internal error", "Sending the same request again is safe.", retryable=True),
     "overloaded": Refusal("503-B06", "Overloaded", _SAFE, retryable=True),
     "store_unreachable": Refusal(
@@ -132,12 +136,17 @@ def answered(body: msgspec.Struct) -> Answer:
 
 
 def refusal(
-    name: str, details: str = "", *, headers: tuple[tuple[bytes, bytes], ...] = (), request_id: str = ""
+    name: str,
+    details: str = "",
+    *,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    request_id: str = "",
+    retry_after_s: int = RETRY_AFTER_S,
 ) -> Answer:
     """The answer for one row of the table, with a request id of its own if none is given."""
     row = REFUSALS[name]
     request_id = request_id or new_request_id()
     body = msgspec.json.encode({"request_id": request_id, "error": error_body(name, details)})
-    retry_after = ((b"retry-after", b"%d" % RETRY_AFTER_S),) if row.retryable else ()
+    retry_after = ((b"retry-after", b"%d" % retry_after_s),) if row.retryable else ()
     sent = (JSON, (b"content-length", b"%d" % len(body)), *row.headers, *headers, *retry_after)
     return Answer(row.status, sent, body, row.code)

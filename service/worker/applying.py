@@ -56,7 +56,7 @@ async def _planned(connection: AsyncConnection, wanted: Declaration, now: int) -
         wanted,
         Existing(
             {one.id: Pool(one.id, one.default_expires_at, one.least_life_s, one.generator) for one in pools},
-            {one.id: Distributor(one.id, one.name, one.active) for one in distributors},
+            {one.id: Distributor(one.id, one.name, one.active, one.limit) for one in distributors},
             {one.campaign.id: _ordered(one.campaign) for one in await register.all_campaigns(connection)},
         ),
         now,
@@ -105,12 +105,13 @@ async def _take(connection: AsyncConnection, step: Step, now: int) -> None:
                 await control.change_pool(
                     connection, id, default_expires_at=expires_at, least_life_s=least_life_s, now=now
                 )
-        case Distributor(id, name, active):
+        case Distributor(id, name, active, limit):
             if is_new:
                 await control.create_distributor(connection, id, name, now)
             else:
                 await control.rename(connection, id, name)
             await control.set_active(connection, id, active)
+            await control.set_limit(connection, id, limit)
         case Campaign() as wanted:
             if is_new:
                 await _create_campaign(connection, wanted, now)

@@ -58,9 +58,13 @@ class WantedPool(Form, frozen=True):
 
 
 class WantedDistributor(Form, frozen=True):
+    """``rate`` null: no limit.  A ``burst`` that is not given is the one that there was, or RateLimit's own."""
+
     id: Id
     name: str | UnsetType = UNSET
     active: bool | UnsetType = UNSET
+    rate: int | UnsetType | None = UNSET
+    burst: int | UnsetType = UNSET
 
 
 class Limits(Form, frozen=True):

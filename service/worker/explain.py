@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from service import keys
 from service.catalogue import Campaign, Catalogue, Route, cap_field, load, period_bounds
-from service.domain import Code, Unavailable, instant
+from service.domain import Code, RateLimit, Unavailable, instant
 from service.errors import NotFound, RedisUnreachable, StoreUnreachable
 from service.scripts import SET_ASIDE_MAX, Candidate, CountedCap, Generation, Scripts, counter_key
 from service.store import control
@@ -42,8 +42,9 @@ class Looked(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """``outcome``: ``issue`` (``winner`` says by which campaign), the code of the 409 or 403, ``refilling`` or
-    ``backlog`` (503, to be tried again), or ``not_issuing`` (503).  ``notes``: what qualifies all this, a line each.
+    """``outcome``: ``issue`` (``winner`` says by which campaign), the code of the 409 or 403, ``rate_limited`` (429),
+    ``refilling`` or ``backlog`` (503, to be tried again), or ``not_issuing`` (503).  ``notes``: what qualifies all
+    this, a line each.
     """
 
     at: str
@@ -119,6 +120,12 @@ async def explain(
     outcome: str = refused.code if refused is not None else "issue"
     if first is not None and first.standing != "wins":
         outcome = first.standing
+    if (limit := catalogue.limits.get(distributor)) is not None:
+        left = await _left(scripts, seen.open, distributor, limit)
+        notes.append(
+            f"limited to {limit.rate:,}/s, {limit.burst:,} at once: {left:,} may be issued now, replays besides"
+        )
+        outcome = outcome if left else "rate_limited"
     if not catalogue.known(distributor):
         outcome = "distributor_unknown"
         notes.append(f"there is no distributor {distributor}: whatever it sends is refused")
@@ -270,6 +277,19 @@ async def read(
         {one: int(count or 0) for one, count in zip(counted, used, strict=True)},
         outbox_max - int(found[1] or 0),
     )
+
+
+async def _left(scripts: Scripts, generation: int, distributor: str, limit: RateLimit) -> int:
+    """Vouchers that may be issued to the distributor now, counted as in ``lua/issue.lua``.  Raises RedisUnreachable."""
+    try:
+        async with scripts.redis.pipeline(transaction=True) as pipe:
+            pipe.time()
+            pipe.get(keys.rate(scripts.partition, generation, distributor))
+            (second, microsecond), state = await pipe.execute()
+    except RedisError as error:
+        raise RedisUnreachable from error
+    had: int = max(int(state or 0) - (second * 1_000_000 + microsecond), 0) * limit.rate
+    return max(limit.burst * 1_000_000 - had, 0) // 1_000_000
 
 
 def _start(cap: CountedCap, now: int) -> int:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from service import zones
 from service.catalogue import Campaign, Cap
-from service.domain import CapHolder, instant
+from service.domain import CapHolder, RateLimit, instant
 from service.errors import Conflict
 from service.store.campaigns import PRIORITY
 from service.worker import forms
@@ -53,6 +53,7 @@ class Distributor(msgspec.Struct, frozen=True):
     id: str
     name: str
     active: bool = True
+    limit: RateLimit | None = None
 
 
 class Existing(msgspec.Struct, frozen=True):
@@ -183,7 +184,18 @@ def _generator(path: str, wanted: WantedPool, there: Pool | None, after: Pool) -
 
 
 def _distributor(path: str, wanted: WantedDistributor, there: Distributor | None, now: int) -> Step:
-    return Step(path, there, _given(there or Distributor(wanted.id, wanted.id), name=wanted.name, active=wanted.active))
+    after = _given(there or Distributor(wanted.id, wanted.id), name=wanted.name, active=wanted.active)
+    return Step(path, there, replace(after, limit=_limit(path, wanted, after.limit)))
+
+
+def _limit(path: str, wanted: WantedDistributor, there: RateLimit | None) -> RateLimit | None:
+    rate = (there.rate if there is not None else None) if wanted.rate is UNSET else wanted.rate
+    if rate is None:
+        if wanted.burst is not UNSET:
+            raise UnusableDeclaration(f"{path}.burst: goes with a rate")
+        return None
+    given = there.burst if wanted.burst is UNSET and there is not None else wanted.burst
+    return RateLimit.of(rate, None if given is UNSET else given)
 
 
 def _campaign(path: str, wanted: WantedCampaign, there: Campaign | None, now: int) -> Step:
@@ -232,7 +244,9 @@ def _fields(thing: Pool | Distributor | Campaign) -> dict[str, object]:
                 said |= {"pattern": generator.pattern.text, "expires_after": generator.days}
             return said
         case Distributor():
-            return {"name": thing.name, "active": thing.active}
+            limit = thing.limit
+            rate, burst = (None, None) if limit is None else (limit.rate, limit.burst)
+            return {"name": thing.name, "active": thing.active, "rate": rate, "burst": burst}
     fields: dict[str, object] = {
         "category": thing.category, "products": list(thing.products), "pool": thing.pool, "priority": thing.priority,
         "from": instant(thing.starts_at), "until": instant(thing.until) if thing.until else None,

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import catalogue
 from service.catalogue import CANDIDATES_MAX, Cap
+from service.domain import BURST_MIN, BURST_S_MAX, RATE_MAX, RateLimit
 from service.errors import Conflict, NotFound
 from service.store import campaigns, control, schema
 from service.store.database import Database
@@ -152,6 +153,18 @@ async def test_suspended_distributor_keeps_its_tokens_but_is_not_active(furnishe
         await control.set_active(connection, "D", True)
         assert (await control.snapshot(connection, 1)).distributors == {"D": True}
     await _refuse(furnished, NotFound, lambda c: control.set_active(c, "nobody", False))
+
+
+async def test_limit_that_the_script_would_not_count_is_refused(furnished: Database) -> None:
+    async with furnished.write() as connection:
+        await control.set_limit(connection, "D", RateLimit(RATE_MAX, RATE_MAX * BURST_S_MAX))
+        assert (await control.snapshot(connection, 1)).limits == {"D": RateLimit(RATE_MAX, RATE_MAX * BURST_S_MAX)}
+        await control.set_limit(connection, "D", RateLimit(1, BURST_MIN))
+        await control.set_limit(connection, "D", None)
+        assert (await control.snapshot(connection, 1)).limits == {}
+    for rate, burst in ((0, 20), (RATE_MAX + 1, RATE_MAX), (5, BURST_MIN - 1), (5, 5 * BURST_S_MAX + 1)):
+        await _refuse(furnished, Conflict, lambda c, wrong=(rate, burst): control.set_limit(c, "D", RateLimit(*wrong)))
+    await _refuse(furnished, NotFound, lambda c: control.set_limit(c, "nobody", RateLimit(1, 20)))
 
 
 # --- pools and campaigns -------------------------------------------------------------------------------------

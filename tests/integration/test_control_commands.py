@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import select, update
 
 from service.catalogue import Cap
-from service.domain import instant
+from service.domain import RateLimit, instant
 from service.store import schema
 from service.tokens import digest
 from tests.integration.stage import Stage
@@ -139,6 +139,39 @@ def test_distributor_is_stopped_and_goes_on(store: OnStage) -> None:
     ]  # fmt: skip
     assert "A partner" in fits("distributor", "list")
     refused("distributor", "suspend", "NONE", says="there is no distributor NONE")
+
+
+def test_limit_is_in_force_when_the_command_returns_and_goes_as_it_came(store: OnStage) -> None:
+    furnish()
+    ok("distributor", "limit", "D", "50")
+    ok("distributor", "create", "F", "--rate", "2", "--burst", "7200")
+    assert store(snapshot).limits == {"D": RateLimit(50, 50), "F": RateLimit(2, 7_200)}
+    assert "50/s, 200 at once" in ok("distributor", "limit", "D", "50", "--burst", "200").stdout
+    in_force, stored = store(fence)
+    assert in_force == stored
+    assert [(one["rate"], one["burst"]) for one in shown("distributor", "list")] == [
+        (50, 200),
+        (None, None),
+        (2, 7_200),
+    ]
+    assert "50/s" in fits("distributor", "list")
+    ok("distributor", "limit", "D", "3")
+    assert store(snapshot).limits["D"] == RateLimit(3, 20), "a whole order could never be filled"
+    ok("distributor", "limit", "D", "none")
+    assert store(snapshot).limits == {"F": RateLimit(2, 7_200)}
+
+
+def test_limit_that_could_not_be_kept_is_refused(store: OnStage) -> None:
+    furnish()
+    for wrong in (("5", "--burst", "19"), ("5", "--burst", "18001"), ("0",), ("1000001",)):
+        refused("distributor", "limit", "D", *wrong, says="at least 20" if len(wrong) > 1 else "1 to 1,000,000")
+    refused("distributor", "limit", "NONE", "5", says="there is no distributor NONE")
+    for typed in (("5.5",), ("-1",), ("many",), ("none", "--burst", "20")):
+        assert run("distributor", "limit", "D", *typed).exit_code == 2
+    assert run("distributor", "create", "G", "--burst", "20").exit_code == 2
+    refused("distributor", "create", "G", "--rate", "5", "--burst", "1", says="at least 20")
+    assert store(snapshot).limits == {}
+    assert "G" not in store(snapshot).distributors
 
 
 def test_no_token_is_ever_listed(store: OnStage) -> None:

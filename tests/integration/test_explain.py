@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys
 from service.catalogue import Cap, Catalogue, encode, load, period_bounds
-from service.domain import Record, Request
+from service.domain import RateLimit, Record, Request
 from service.scripts import Answer, Routed
 from service.store import campaigns, control, schema
 from service.store.database import Database
@@ -232,6 +232,49 @@ def test_it_says_when_nobody_could_get_anything(store: OnStage) -> None:
     found = _explained(DISTRIBUTOR, "PAY")
     assert found["outcome"] == "not_issuing"
     assert any("NOT ISSUING" in note for note in found["notes"])
+
+
+def test_it_says_that_a_distributor_is_over_its_limit(store: OnStage) -> None:
+    limit = RateLimit(1, 20)
+
+    async def make(stage: Stage) -> None:
+        await stage.campaign()
+        now = int(time.time())
+
+        async def edit(conn: AsyncConnection) -> None:
+            await control.add_credential(conn, DISTRIBUTOR, digest("token"), now)
+            await control.set_limit(conn, DISTRIBUTOR, limit)
+            await begin_import(conn, "i", "CAMP-001", now)
+            await import_rows(conn, "i", "CAMP-001", [Row(1, "CODE-1", None, None)], now)
+
+        await change(stage.database, stage.scripts, edit, actor="test", action="test", subject="test")
+        await stage.refill.run_once()
+
+    async def use_up(stage: Stage) -> None:
+        """As if the server's clock had gone back by an hour: nothing is left for as long as this test may take."""
+        generation = (await stage.scripts.generation()).open
+        await stage.scripts.redis.set(
+            keys.rate(0, generation, DISTRIBUTOR), (int(time.time()) + 3_600) * 10**6, ex=3_600
+        )
+
+    async def ask(stage: Stage) -> None:
+        route = (await _catalogue(stage)).route(DISTRIBUTOR, ("PAY",))
+        asked = Request("v1", DISTRIBUTOR, "k", DISTRIBUTOR, ("PAY",), "T1\tPAY")
+        seen = await stage.scripts.generation()
+        reply = await stage.scripts.issue(
+            [Routed(asked, route.plan, limit=limit)], generation=seen.open, version=seen.fence, outbox_max=OUTBOX_MAX,
+            retention_s=RETENTION_S, bounds={},
+        )  # fmt: skip
+        assert [answer.status for answer in reply.answers] == ["LIMITED"]
+
+    store(make)
+    found = _explained(DISTRIBUTOR, "PAY")
+    assert found["outcome"] == "issue"
+    assert "limited to 1/s, 20 at once: 20 may be issued now, replays besides" in found["notes"]
+    store(use_up)
+    found = _explained(DISTRIBUTOR, "PAY")
+    assert (found["outcome"], found["winner"]) == ("rate_limited", None)
+    store(ask)
 
 
 def test_a_product_of_the_other_api_is_said_to_be_one(store: OnStage) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import tokens
 from service.catalogue import Cap
-from service.domain import Request
+from service.domain import RateLimit, Request
 from service.errors import StoreIsOlder
 from service.scripts import Answer
 from service.store import campaigns, clients, control, inspection, ledger, recreation, schema
@@ -215,6 +215,8 @@ async def test_nothing_that_was_revoked_paused_or_lowered_after_the_backup_comes
         await control.revoke_credentials(conn, token_sha256=revoked, now=now)
         await control.add_credential(conn, DISTRIBUTOR, made, now)
         await control.create_distributor(conn, "DIST-002", "Another", now)
+        for distributor in (DISTRIBUTOR, "DIST-002"):
+            await control.set_limit(conn, distributor, RateLimit(5, 20))
         await clients.set_active(conn, "CLIENT-1", False)
         await campaigns.set_caps(conn, "CAMP-001", "", {("campaign", "total"): 12}, now)
         await campaigns.set_paused(conn, "CAMP-001", True, now)
@@ -230,7 +232,8 @@ async def test_nothing_that_was_revoked_paused_or_lowered_after_the_backup_comes
         assert await control.snapshot(conn, 0) == in_force
     assert {(one.kind, one.id, one.field) for one in done.differences} == {
         ("token", revoked[:12], f"of {DISTRIBUTOR}"), ("token", made[:12], f"of {DISTRIBUTOR}"),
-        ("distributor", "DIST-002", ""), ("client", "CLIENT-1", "active"),
+        ("distributor", "DIST-002", ""), ("distributor", DISTRIBUTOR, "rate"), ("distributor", DISTRIBUTOR, "burst"),
+        ("client", "CLIENT-1", "active"),
         ("campaign", "CAMP-001", "paused"), ("campaign", "CAMP-001", "caps.campaign.total"),
     }  # fmt: skip
     assert (await stage.scripts.generation()).fence == done.published > in_force.version

@@ -22,6 +22,8 @@ from service.domain import (
     Issued,
     KeyReused,
     Outcome,
+    RateLimit,
+    RateLimited,
     Record,
     Request,
     Unauthorized,
@@ -32,6 +34,8 @@ from service.store.inspection import SETTLED
 from tests.simulation.memory import Data, Server, Stream
 
 Position = tuple[int, int]  # lot, seq
+
+MICRO: Final = 1_000_000  # of a voucher, and of a second: so a bucket is filled exactly
 
 OUTBOX: Final = re.compile(r"\{0\}:(\d+):outbox")
 WINDOW: Final = re.compile(r"\{0\}:(\d+):window:(.+)")
@@ -92,6 +96,10 @@ class Truth:
         self.campaign_pools: dict[str, str] = {}
         self.least_life: dict[str, int] = {}
         self.used: Counter[tuple[str, str, int, str]] = Counter()
+        self.rates: dict[str, RateLimit] = {}  # of the distributors that have one
+        # By generation and distributor: the moment (in microseconds) of the last voucher, and how full its bucket was
+        # then, in microvouchers.  A generation begins without memory of the one before.
+        self.buckets: dict[tuple[int, str], tuple[int, int]] = {}
         self.changes: dict[str, list[Happened]] = defaultdict(list)  # of a campaign, or of a token
         self.known: dict[str, list[tuple[float, dict[int, int]]]] = defaultdict(list)  # pool: from when, codes a lot
         self.withdrawn: dict[Position, float] = {}  # from when on nobody may get the code
@@ -121,6 +129,7 @@ class Truth:
             for code in record.codes:
                 self._leaves(code, text)
             self._count(record)
+            self._fill(record, int(fields["generation"]))
         for text in parse_separated(fields["asides"]):
             self._leaves(Code.unpack(text), "")
 
@@ -173,6 +182,18 @@ class Truth:
                     self.broken(
                         "P8", f"{field} of {campaign}, {period} from {start}: {self.used[counter]} of {min(allowed)}"
                     )
+
+    def _fill(self, record: Record, generation: int) -> None:
+        """A bucket that runs out at the rate never holds more than the burst: so in any stretch of time nobody gets
+        more than the burst and what the rate gives in it."""
+        if (limit := self.rates.get(record.distributor)) is None:
+            return
+        now = int(self._server.clock() * 1_000) * 1_000  # as the server tells it
+        since, full = self.buckets.get((generation, record.distributor), (now, 0))
+        full = max(0, full - (now - since) * limit.rate) + len(record.codes) * MICRO
+        self.buckets[generation, record.distributor] = (now, full)
+        if full > limit.burst * MICRO:
+            self.broken("limit", f"{record.distributor} has {full / MICRO:.3f} of {limit} at {now}")
 
     def lose(self, old: Data, new: Data) -> None:
         """The server goes on with other data: what only the old one knew is destroyed, but for what the ledger has."""
@@ -235,6 +256,9 @@ class Truth:
         if isinstance(outcome, Issued):
             self._success(token, request, outcome, begun, now)
             self.told[key].append(Told(now, outcome.record, outcome.replayed))
+        elif isinstance(outcome, RateLimited):
+            if outcome.limit != self.rates.get(request.distributor):
+                self.broken("limit", f"{request.distributor} was limited by {outcome.limit}")
         elif isinstance(outcome, KeyReused):
             if all(record.payload == request.payload for record in self.issued[key]):
                 self.broken("P3", f"{key} was refused as reused although its payload never changed")

@@ -21,15 +21,17 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 import structlog
+from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Cap, Period
-from service.domain import Busy, CapHolder, Outcome, Record, Request, Unavailable
+from service.domain import Busy, CapHolder, Outcome, RateLimit, RateLimited, Record, Request, Unavailable
 from service.errors import Conflict, Fault, ScriptFailed, StoreIsOlder
 from service.issuance import Issuer
 from service.scripts import Scripts
 from service.store import campaigns, control, ledger, stock
 from service.store.database import Database
+from service.store.schema import distributors
 from service.tokens import digest
 from service.web.preload import Preload
 from service.worker import flush as flushing
@@ -134,6 +136,9 @@ class World:
         self.is_older = False
         self.repairing: asyncio.Task[None] | None = None
         self.recovery = rng.choice((1, 4))  # how much slower than usual
+        for distributor in DISTRIBUTORS:
+            if rng.random() < 0.4:
+                self.truth.rates[distributor] = RateLimit(rng.choice((1, 3, 7)), rng.choice((2, 5)))
 
     def unix(self) -> int:
         return int(self.scheduler.unix())
@@ -281,6 +286,10 @@ class World:
             for distributor, token in tokens.items():
                 await control.create_distributor(conn, distributor, distributor, now)
                 await control.add_credential(conn, distributor, digest(token), now)
+                if (limit := self.truth.rates.get(distributor)) is not None:
+                    # Below what an operator may set: a schedule holds few vouchers.
+                    values = {"rate": limit.rate, "burst": limit.burst}
+                    await conn.execute(update(distributors).where(distributors.c.id == distributor).values(values))
             for campaign in self.campaigns:
                 pool, zone, caps = (
                     rng.choice(self.pools),
@@ -576,7 +585,7 @@ class World:
                 outcome = (await asyncio.gather(*pair))[0]
             else:
                 outcome = await self._ask_any(request)
-            if outcome is not None and not isinstance(outcome, (Busy, Unavailable)):
+            if outcome is not None and not isinstance(outcome, (Busy, RateLimited, Unavailable)):
                 break
             if isinstance(outcome, Unavailable) and rng.random() < 0.7:
                 break

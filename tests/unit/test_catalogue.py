@@ -25,7 +25,7 @@ from service.catalogue import (
     period_bounds,
     period_start,
 )
-from service.domain import Considered, Rule, Unavailable
+from service.domain import Considered, RateLimit, Rule, Unavailable
 from service.scripts import CountedCap, Counter
 from service.tokens import digest
 
@@ -72,7 +72,9 @@ def test_nothing_of_a_large_snapshot_is_lost_between_slices() -> None:
             campaign(f"C{i:05d}", pool=f"P{i % (SLICE + 1)}", products=(f"X{i}",), assigned=("D1",))
             for i in range(count)
         ),
+        limits={f"D{i}": RateLimit(1 + i, 20) for i in range(count)},
     )
+    assert catalogue.decode(encode(published)) == published
     *pauses, last = catalogue.load(encode(published))
     assert pauses == [None] * 3, "one pause a slice"
     assert last is not None
@@ -80,6 +82,7 @@ def test_nothing_of_a_large_snapshot_is_lost_between_slices() -> None:
     for i in (0, SLICE - 1, SLICE, 2 * SLICE - 1, 2 * SLICE):
         assert last.distributor(f"token-{i}") == f"D{i % 10}"
         assert tried(last, f"X{i}", distributor="D1") == [f"C{i:05d}"]
+        assert last.limits[f"D{i}"] == RateLimit(1 + i, 20)
     assert last.pools() == sorted(f"P{i}" for i in range(SLICE + 1))
     assert last.route("D1", (f"X{SLICE}",)).plan.candidates[0].least_life_s == SLICE
 

@@ -17,6 +17,7 @@ from service.domain import (
     Code,
     Issued,
     KeyReused,
+    RateLimit,
     RateLimited,
     Record,
     Request,
@@ -35,12 +36,16 @@ TOKEN = new_token()
 NOW = 1_800_000_000
 
 
-def catalogue(version: int = 1, *, token: str | None = TOKEN, active: bool = True, assigned: bool = True) -> Catalogue:
+def catalogue(
+    version: int = 1, *, token: str | None = TOKEN, active: bool = True, assigned: bool = True,
+    limit: RateLimit | None = None,
+) -> Catalogue:  # fmt: skip
     campaign = Campaign(
         "C", "CAT", ("PAY",), "P", 1, 0, 0, False, "UTC", (), {"D": ()} if assigned else {},
     )  # fmt: skip
     tokens = {digest(token): "D"} if token else {}
-    snapshot = Snapshot(version, tokens, {"D": active}, (Pool("P", 0),), (campaign,))
+    limits = {"D": limit} if limit else {}
+    snapshot = Snapshot(version, tokens, {"D": active}, (Pool("P", 0),), (campaign,), limits=limits)
     *_, loaded = load(encode(snapshot))
     assert loaded is not None
     return loaded
@@ -64,11 +69,13 @@ class Script:
         self.batches: list[list[Request]] = []
         self.versions: list[int] = []
         self.looked_up: list[bool] = []
+        self.limits: list[RateLimit | None] = []
         self.hold: asyncio.Event | None = None
 
     async def issue(self, batch: Sequence[Any], *, generation: int, version: int, **_: object) -> Reply:
         self.batches.append([one.request for one in batch])
         self.looked_up += [one.looked_up for one in batch]
+        self.limits += [one.limit for one in batch]
         return await self._say([one.request for one in batch], generation, version)
 
     async def replay(self, requests: Sequence[Request], *, generation: int, version: int) -> Reply:
@@ -85,7 +92,7 @@ class Script:
             return Reply(said, 1, NOW, version + 1, [])  # type: ignore[arg-type]
         if said.startswith("LOST"):
             return Reply("LOST", int(said.removeprefix("LOST") or 0), NOW, 0, [])
-        details = {"ISSUED": None, "REPLAY": None, "REFILL": "1", "NONE": "exhausted"}
+        details = {"ISSUED": None, "REPLAY": None, "REFILL": "1", "NONE": "exhausted", "LIMITED": "1000001,3"}
         answers = [
             Answer(said, details.get(said, "") or (record(one).pack() if said in ("ISSUED", "REPLAY") else ""))
             for one in asked
@@ -277,13 +284,19 @@ async def test_after_failures_in_a_row_nobody_waits_but_one_probe_at_a_time(faul
     await service.drain()
 
 
-async def test_a_distributor_over_its_rate_is_429_and_a_retry_after_a_refill_is_not_counted_again() -> None:
-    clock = Clock()
-    service = issuer(Script("REFILL", "ISSUED"), clock=clock, distributor_rate_max=2)
-    outcomes = [await service.issue(TOKEN, request(f"k{number}")) for number in range(3)]
-    assert [type(outcome) for outcome in outcomes] == [Issued, Issued, RateLimited]
-    clock.now += 0.5
-    assert isinstance(await service.issue(TOKEN, request("k4")), Issued)
+async def test_a_limit_is_that_of_the_catalogue_in_force_and_its_refusal_says_when_to_come_back() -> None:
+    script = Script("STALE", "LIMITED", "ISSUED")
+    service = issuer(script, load=lambda version: catalogue(max(1, version), limit=RateLimit(max(1, version), 40)))
+    outcome = await service.issue(TOKEN, request())
+    assert outcome == RateLimited(RateLimit(2, 40), left=3, wait_us=1_000_001)
+    assert isinstance(outcome, RateLimited)
+    assert outcome.retry_after_s == 2
+    assert script.limits == [RateLimit(1, 40), RateLimit(2, 40)]
+    await service.drain()
+    script = Script("ISSUED")
+    service = issuer(script)
+    await service.issue(TOKEN, request())
+    assert script.limits == [None], "limited without a limit"
     await service.drain()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from service.catalogue import Campaign, Cap
+from service.domain import RateLimit
 from service.worker.declaration import UnusableDeclaration, declaration
 from service.worker.plan import Distributor, Existing, Plan, Pool, plan
 
 NOW = 1_900_000_000
 THERE = Existing(
     {"P": Pool("P", 2_000_000_000, 60), "Q": Pool("Q")},
-    {"D": Distributor("D", "A partner"), "E": Distributor("E", "E", False)},
+    {"D": Distributor("D", "A partner", limit=RateLimit(5, 40)), "E": Distributor("E", "E", False)},
     {
         "C": Campaign(
             "C", "CAT", ("MOB", "PAY"), "P", 7, 1_800_000_000, 0, False, "Europe/Berlin",
@@ -59,6 +60,10 @@ def test_only_what_is_named_changes() -> None:
     assert changes("pools: [{id: P, expires: null}]") == {"expires": ("2033-05-18T03:33:20Z", None)}
     assert changes("pools: [{id: P, least_life: 120}]") == {"least_life": ("1m", "2m")}
     assert changes("distributors: [{id: E, active: true}]") == {"active": (False, True)}
+    assert changes("distributors: [{id: D, rate: 9}]") == {"rate": (5, 9)}
+    assert changes("distributors: [{id: D, burst: 99}]") == {"burst": (40, 99)}
+    assert changes("distributors: [{id: D, rate: null}]") == {"rate": (5, None), "burst": (40, None)}
+    assert changes("distributors: [{id: E, rate: 9}]") == {"rate": (None, 9), "burst": (None, 20)}
     assert changes("campaigns: [{id: C, priority: 1}]") == {"priority": (7, 1)}
     assert changes("campaigns: [{id: C, products: [NET, PAY]}]") == {"products": (["MOB", "PAY"], ["NET", "PAY"])}
     assert changes("campaigns: [{id: C, until: 2034-07-31}]") == {"until": (None, "2034-07-31T22:00:00Z")}
@@ -89,6 +94,7 @@ def test_what_a_new_campaign_does_not_say_is_as_campaign_create_has_it() -> None
 def test_all_faults_are_told_with_their_paths() -> None:
     text = """
 pools: [{id: P, expires: soon}, {id: N, least_life: long}]
+distributors: [{id: E, burst: 50}, {id: D, rate: null, burst: 50}]
 campaigns:
 - {id: NEW, pool: P}
 - {id: C, pool: NONE, from: 2026-02-30, assigned: [{distributor: D}, {distributor: NOBODY}]}
@@ -99,6 +105,8 @@ campaigns:
         "campaigns[1].assigned[1].distributor: there is no distributor NOBODY, neither in the file nor in the store",
         "pools[0].expires: 'soon' is neither a day (2027-01-31) nor a time (2027-01-31T12:00:00Z)",
         "pools[1].least_life: 'long' is no duration: write 7d, 12h, 30m or 45 (seconds), say",
+        "distributors[0].burst: goes with a rate",
+        "distributors[1].burst: goes with a rate",
         "campaigns[0]: there is no campaign NEW, and to create it the file has to say its category, products",
         "campaigns[1].from: '2026-02-30' is neither a day (2027-01-31) nor a time (2027-01-31T12:00:00Z)",
         "campaigns[2].time_zone: 'Mars/Crater' is no time zone: take a name like Europe/Berlin",

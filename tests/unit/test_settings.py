@@ -20,7 +20,6 @@ BOUNDS = {
     "store_outage_s": (1, 86_400),
     "replay_retention_s": (60, 2_592_000),
     "queue_max": (1, 1_000_000),
-    "distributor_rate_max": (0, 1_000_000),
     "deadline_ms": (50, 60_000),
     "redis_timeout_ms": (10, 10_000),
     "receive_timeout_ms": (100, 60_000),

@@ -19,6 +19,8 @@ from service.domain import (
     Issued,
     KeyReused,
     Outcome,
+    RateLimit,
+    RateLimited,
     Request,
     Suspended,
     Unauthorized,
@@ -224,6 +226,15 @@ async def test_defect_leaks_nothing(call: Call, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr()
     assert "SECRET" not in printed.out + printed.err
     assert "RuntimeError" in printed.out + printed.err
+
+
+async def test_a_limit_says_in_its_fields_when_to_come_back(call: Call) -> None:
+    call.issuer.outcome = RateLimited(RateLimit(50, 200), 0, 20_000)
+    seen = await call()
+    assert_problem(seen, "rate_limited", request_id=ASKED["request_id"])
+    assert seen.headers["ratelimit-policy"] == '"vouchers";q=200;w=4'
+    assert seen.headers["ratelimit"] == '"vouchers";r=0;t=1'
+    assert seen.headers["retry-after"] == "1"
 
 
 def test_table_covers_the_contract() -> None:

@@ -21,6 +21,7 @@ from service.domain import (
     Issued,
     KeyReused,
     Outcome,
+    RateLimit,
     RateLimited,
     Record,
     Request,
@@ -245,7 +246,7 @@ async def test_requests_that_differ_never_have_one_payload(call: Call, one: Any,
         (Unauthorized("distributor_mismatch"), "token_unknown"),
         (Suspended(), "suspended"),
         (KeyReused(), "key_reused"),
-        (RateLimited(), "rate_limited"),
+        (RateLimited(RateLimit(50, 200), 3, 1_400_000), "rate_limited"),
         (Unavailable("no_product", ()), "no_product"),
         (Unavailable("not_assigned", ()), "not_assigned"),
         (Unavailable("face_value", ()), "face_value"),
@@ -266,6 +267,15 @@ async def test_every_outcome_has_its_answer(call: Call, outcome: Outcome, name: 
     assert_refused(seen, name)
     if name not in ("token_unknown", "suspended"):
         assert seen.headers["idempotency-key"] == KEY
+
+
+async def test_a_limit_says_in_its_fields_when_to_come_back(call: Call) -> None:
+    call.issuer.outcome = RateLimited(RateLimit(3, 100), 7, 2_000_001)
+    seen = await call(quantity=20)
+    assert_refused(seen, "rate_limited")
+    assert seen.headers["ratelimit-policy"] == '"vouchers";q=100;w=34'
+    assert seen.headers["ratelimit"] == '"vouchers";r=7;t=3'
+    assert seen.headers["retry-after"] == "3"
 
 
 async def test_a_defect_is_500_and_says_nothing_of_it(call: Call) -> None:
