@@ -137,7 +137,8 @@ class _Issuing:
             for n in range(count)
         ]
         reply = await self._scripts.issue(
-            batch, generation=self._generation, version=self._version, outbox_max=PLENTY, retention_s=RETENTION_S,
+            batch, generation=self._generation, version=self._version, outbox_max=PLENTY, outbox_bytes_max=10**12,
+            retention_s=RETENTION_S,
             bounds={},
         )  # fmt: skip
         if {answer.status for answer in reply.answers} != {"ISSUED"}:

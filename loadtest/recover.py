@@ -186,7 +186,7 @@ async def _issue(database: Database, scripts: Scripts, stop: asyncio.Event) -> l
                     await ledger.lookup(conn, "v1", "DIST-001", [request.key])
             reply = await scripts.issue(
                 [Routed(request, plan, looked_up)], generation=seen.open, version=0, outbox_max=10**9,
-                retention_s=RETENTION_S, bounds={},
+                outbox_bytes_max=10**12, retention_s=RETENTION_S, bounds={},
             )  # fmt: skip
             if reply.answers[0].status != "LOOKUP":
                 break

@@ -117,7 +117,8 @@ async def _round(
     began = cpu_us([server.process.pid])
     for batch in batches:
         reply = await scripts.issue(
-            batch, generation=1, version=1, outbox_max=10**9, retention_s=86_400, bounds=bounds
+            batch, generation=1, version=1, outbox_max=10**9, outbox_bytes_max=10**12, retention_s=86_400,
+            bounds=bounds,
         )  # fmt: skip
         assert all(answer.status == "ISSUED" for answer in reply.answers), reply.answers[0]
     used = cpu_us([server.process.pid]) - began

@@ -10,9 +10,9 @@
 --   1  generation that the KEYS were made for
 -- Returns {status, open generation, ...}
 --   OK     then seq, codes, restocked, popped, set_aside, taken_back, withdrawn, a sequence that was flushed and that
---          the store lost ('0' if it did not), entries in the outbox, the last sequences flushed ('3,4,1'); then for
---          each pool: codes in its window, last lease id, stock version, stock version at which it was exhausted ('' if
---          not)
+--          the store lost ('0' if it did not), bytes in the outbox, entries in it, the last sequences flushed
+--          ('3,4,1'); then for each pool: codes in its window, last lease id, stock version, stock version at which it
+--          was exhausted ('' if not)
 --   MOVED  another generation is open
 -- Cost: 2 us a pool
 
@@ -26,11 +26,11 @@ if open ~= ARGV[1] then
 end
 local reply = {'OK', open}
 for i, count in ipairs(redis.call('HMGET', KEYS[2],
-  'seq', 'codes', 'restocked', 'popped', 'set_aside', 'taken_back', 'withdrawn', 'lost')) do
+  'seq', 'codes', 'restocked', 'popped', 'set_aside', 'taken_back', 'withdrawn', 'lost', 'bytes')) do
   reply[2 + i] = count or '0'
 end
-reply[11] = string.format('%d', redis.call('XLEN', KEYS[3]))
-reply[12] = flushed or ''
+reply[12] = string.format('%d', redis.call('XLEN', KEYS[3]))
+reply[13] = flushed or ''
 for i = 4, #KEYS, 2 do
   local lease, stock, exhausted = unpack(redis.call('HMGET', KEYS[i + 1], 'lease', 'stock', 'exhausted'))
   reply[#reply + 1] = string.format('%d', redis.call('LLEN', KEYS[i]))

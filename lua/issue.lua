@@ -16,10 +16,11 @@
 --   2  catalogue version that the requests were routed by
 --   3  nonce, returned
 --   4  most codes that the outbox may hold
---   5  most codes to set aside in this call
---   6  seconds that a replay record lives
---   7  number of pools    8  number of counters    9  number of rate limits    10  number of plans
---   11  number of requests
+--   5  most bytes that it may hold
+--   6  most codes to set aside in this call
+--   7  seconds that a replay record lives
+--   8  number of pools    9  number of counters    10  number of rate limits    11  number of plans
+--   12  number of requests
 --   then per pool:     id, least life in seconds
 --        per counter:  start, middle, end (Unix seconds): the first hash counts in [start, middle), the second
 --                      in [middle, end); a total has start 0 and middle = end
@@ -39,7 +40,7 @@
 --            LIMITED  microseconds until as many may be issued to this distributor, and how many may be now; said
 --                     before any campaign is looked at, never of a replay; only what is issued counts
 --            REFILL   pool index: its window is short and not known to be exhausted
---            BACKLOG  '' : would issue, but the outbox is at its bound
+--            BACKLOG  codes or bytes: would issue, but the outbox is at this bound
 --            NONE     for each candidate, comma-separated: before, after, capped, exhausted
 --   STALE  then the fence: it is above the catalogue version.  Nothing was written
 --   LOST   generation or identity do not agree.  Nothing was written
@@ -74,14 +75,14 @@ if fence > version then
 end
 
 -- read: arguments ------------------------------------------------------------------------------------------------
-local outbox_max, aside_left, retention = integer(4, 0), integer(5, 0), integer(6, 1)
-local pool_count, counter_count, limit_count = integer(7, 0), integer(8, 0), integer(9, 0)
-local plan_count, request_count = integer(10, 0), integer(11, 0)
+local outbox_max, bytes_max, aside_left, retention = integer(4, 0), integer(5, 0), integer(6, 0), integer(7, 1)
+local pool_count, counter_count, limit_count = integer(8, 0), integer(9, 0), integer(10, 0)
+local plan_count, request_count = integer(11, 0), integer(12, 0)
 if bad or retention > 31622400
   or #KEYS ~= 5 + 2 * pool_count + 2 * counter_count + limit_count + request_count then
   return redis.error_reply('BADCALL argument ' .. (bad or 0) .. ' of issue')
 end
-local at = 12 -- the argument to read next
+local at = 13 -- the argument to read next
 local key_at = 6
 
 local pools = {}
@@ -180,11 +181,14 @@ local function count_of(value, key)
   return count
 end
 
-local totals = redis.call('HMGET', totals_key, 'seq', 'codes', 'popped', 'set_aside')
-for i = 1, 4 do
+local totals = redis.call('HMGET', totals_key, 'seq', 'codes', 'popped', 'set_aside', 'bytes')
+for i = 1, 5 do
   totals[i] = count_of(totals[i], totals_key)
 end
 local seq, room = totals[1], outbox_max - totals[2] -- room: codes that the outbox may still take
+-- Without codes it is empty, so what a worker that does not count bytes has left of them is forgotten then.
+local bytes = totals[2] > 0 and totals[5] or 0
+local room_bytes = bytes_max - bytes
 redis.call('ZCARD', demand_key) -- raises on a wrong type, now rather than after the first write
 
 for _, pool in ipairs(pools) do
@@ -264,11 +268,11 @@ local function at_hand(pool, count)
       if pool.expires > now + pool.least_life then
         pool.usable = pool.usable + 1
         codes[pool.usable] = ahead[i]
-      elseif aside_left > 0 and room > 0 then
-        aside_left, room = aside_left - 1, room - 1
+      elseif aside_left > 0 and room > 0 and room_bytes > #ahead[i] then
+        aside_left, room, room_bytes = aside_left - 1, room - 1, room_bytes - #ahead[i] - 1
         pool.asides[#pool.asides + 1] = ahead[i]
       else
-        pool.blocked = true -- the next call sets more aside; until then nothing behind this code is at hand
+        pool.blocked = #ahead[i] -- the next call sets more aside; until then nothing behind this code is at hand
         break
       end
       pool.loaded = pool.loaded + 1
@@ -329,8 +333,8 @@ local function decide(i)
       elseif pool.exhausted and not at_hand(pool, quantity) and not pool.blocked then
         stop = 'exhausted'
       elseif not at_hand(pool, take) then
-        if pool.blocked and room <= 0 then
-          return 'BACKLOG', ''
+        if pool.blocked and (room <= 0 or room_bytes <= pool.blocked) then
+          return 'BACKLOG', room <= 0 and 'codes' or 'bytes'
         end
         pool.wanted = true
         return 'REFILL', pool.index
@@ -338,9 +342,18 @@ local function decide(i)
     end
     if not stop then
       if take > room then
-        return 'BACKLOG', ''
+        return 'BACKLOG', 'codes'
       end
-      room = room - take
+      local codes = pool.codes[pool.taken + 1]
+      if take > 1 then
+        codes = table.concat(pool.codes, '\n', pool.taken + 1, pool.taken + take)
+      end
+      record = '2' .. payload .. issued_at .. candidate.rule .. '\n' .. codes
+      local entry = ARGV[first + 2] .. '\n' .. record
+      if #entry >= room_bytes then
+        return 'BACKLOG', 'bytes'
+      end
+      room, room_bytes = room - take, room_bytes - #entry - 1 -- 1: what stands between two
       if limit then
         limit.had, limit.raised = limit.had + take * 1000000, true
       end
@@ -350,17 +363,11 @@ local function decide(i)
         counter.used[field] = counter.used[field] + take
         counter.raised[field] = true
       end
-      local codes = pool.codes[pool.taken + 1]
-      if take > 1 then
-        codes = table.concat(pool.codes, '\n', pool.taken + 1, pool.taken + take)
-      end
       pool.taken = pool.taken + take
       codes_issued = codes_issued + take
-      record = '2' .. payload .. issued_at .. candidate.rule .. '\n' .. codes
       issued[key] = record
       records_made = records_made + 1
-      records[records_made], record_keys[records_made] = record, key
-      entries[records_made] = ARGV[first + 2] .. '\n' .. record
+      records[records_made], record_keys[records_made], entries[records_made] = record, key, entry
       return 'ISSUED', record
     end
     stops = stops and stops .. ',' .. stop or stop
@@ -383,17 +390,18 @@ for _, pool in ipairs(pools) do
   end
 end
 
-local leaving = codes_issued + #asides
+local leaving, entered = codes_issued + #asides, bytes_max - bytes - room_bytes
 if leaving > 0 then
   redis.call('XADD', outbox_key, '*', 'generation', open, 'seq', string.format('%d', seq + 1),
-    'codes', string.format('%d', leaving),
+    'codes', string.format('%d', leaving), 'bytes', string.format('%d', entered),
     'issued', table.concat(entries, '\30'), 'asides', table.concat(asides, '\30'))
   local seconds = string.format('%d', retention)
   for i = 1, records_made do
     redis.call('SET', record_keys[i], records[i], 'EX', seconds)
   end
   redis.call('HSET', totals_key, 'seq', string.format('%d', seq + 1),
-    'codes', string.format('%d', totals[2] + leaving), 'popped', string.format('%d', totals[3] + codes_issued),
+    'codes', string.format('%d', totals[2] + leaving), 'bytes', string.format('%d', bytes + entered),
+    'popped', string.format('%d', totals[3] + codes_issued),
     'set_aside', string.format('%d', totals[4] + #asides))
   for _, limit in ipairs(limits) do
     if limit.raised then

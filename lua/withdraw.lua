@@ -19,10 +19,11 @@ local present = string.match(redis.call('INFO', 'replication'), 'master_replid:(
 if open ~= ARGV[1] or replid ~= present then
   return {'LOST'}
 end
-local seq, codes, withdrawn = unpack(redis.call('HMGET', KEYS[2], 'seq', 'codes', 'withdrawn'))
-seq, codes, withdrawn = tonumber(seq or 0), tonumber(codes or 0), tonumber(withdrawn or 0)
+local seq, codes, withdrawn, bytes = unpack(redis.call('HMGET', KEYS[2], 'seq', 'codes', 'withdrawn', 'bytes'))
+seq, codes, withdrawn, bytes = tonumber(seq or 0), tonumber(codes or 0), tonumber(withdrawn or 0), tonumber(bytes or 0)
 redis.call('XLEN', KEYS[4]) -- raises on a wrong type, now rather than after the first write
-if #ARGV < 2 or not seq or seq % 1 ~= 0 or not codes or codes % 1 ~= 0 or not withdrawn or withdrawn % 1 ~= 0 then
+if #ARGV < 2 or not seq or seq % 1 ~= 0 or not codes or codes % 1 ~= 0 or not withdrawn or withdrawn % 1 ~= 0
+  or not bytes or bytes % 1 ~= 0 then
   return redis.error_reply('BADCALL withdraw')
 end
 local reply, there, seen = {'OK'}, {}, {}
@@ -42,10 +43,13 @@ if #there == 0 then
   return reply
 end
 
+local asides = table.concat(there, '\30')
 redis.call('XADD', KEYS[4], '*', 'generation', open, 'seq', string.format('%d', seq + 1),
-  'codes', string.format('%d', #there), 'issued', '', 'asides', table.concat(there, '\30'), 'why', 'withdrawn')
+  'codes', string.format('%d', #there), 'bytes', string.format('%d', #asides + 1),
+  'issued', '', 'asides', asides, 'why', 'withdrawn')
 redis.call('HSET', KEYS[2], 'seq', string.format('%d', seq + 1))
 redis.call('HINCRBY', KEYS[2], 'codes', #there)
+redis.call('HINCRBY', KEYS[2], 'bytes', #asides + 1)
 redis.call('HINCRBY', KEYS[2], 'withdrawn', #there)
 for _, code in ipairs(there) do
   redis.call('LREM', KEYS[3], 1, code)

@@ -86,6 +86,7 @@ class Issuer:
         lookup: Lookup,
         *,
         outbox_max: int,
+        outbox_bytes_max: int,
         retention_s: int,
         queue_max: int,
         deadline_s: float,
@@ -97,6 +98,7 @@ class Issuer:
         self._load_catalogue = load_catalogue
         self._lookup = lookup
         self._outbox_max = outbox_max
+        self._outbox_bytes_max = outbox_bytes_max
         self._retention_s = retention_s
         self._queue_max = queue_max
         self._deadline_s = deadline_s
@@ -282,6 +284,7 @@ class Issuer:
             generation=self._generation,
             version=catalogue.version,
             outbox_max=self._outbox_max,
+            outbox_bytes_max=self._outbox_bytes_max,
             retention_s=self._retention_s,
             bounds=self._bounds({waiting.plan for waiting in routed}),
         )
@@ -327,7 +330,8 @@ class Issuer:
 
     def _answer_routed(self, routed: Sequence[_Waiting], reply: Reply) -> None:
         unknown: list[_Waiting] = []
-        issued = replayed = limited = backlog = 0
+        issued = replayed = 0
+        guards: dict[str, int] = {}
         for waiting, answer in zip(routed, reply.answers, strict=True):
             status, detail = answer.status, answer.detail
             if status == "ISSUED":  # a cap may have left fewer than were asked for
@@ -340,19 +344,18 @@ class Issuer:
             elif status == "LOOKUP":
                 unknown.append(waiting)
             elif status == "BACKLOG":
-                backlog += 1
+                guards[f"outbox_{detail}"] = guards.get(f"outbox_{detail}", 0) + 1
                 self._answer(waiting, OVERLOADED)
             elif status == "LIMITED":
-                limited += 1
+                guards["rate_limit"] = guards.get("rate_limit", 0) + 1
                 self._answer(waiting, _limited(waiting.limit, detail))
             else:
                 replayed += status == "REPLAY"
                 self._answer(waiting, _settled(answer))
         metrics.vouchers_issued.inc(issued)
         metrics.replays.inc(replayed)
-        if limited or backlog:
-            metrics.guard_refusals.labels("rate_limit").inc(limited)
-            metrics.guard_refusals.labels("outbox").inc(backlog)
+        for guard, requests in guards.items():
+            metrics.guard_refusals.labels(guard).inc(requests)
         if unknown:
             self._spawn(self._look_up(unknown, reply.generation))
 

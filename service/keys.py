@@ -42,9 +42,9 @@ def demand(partition: int) -> str:
 
 
 def totals(partition: int, generation: int) -> str:
-    """Hash of counts: ``seq``, ``codes`` (in the outbox), ``restocked``, ``popped``, ``set_aside``, ``taken_back``,
-    ``withdrawn``; ``flushed``, the outbox sequences that went into the ledger last, and ``lost``, one that the store
-    does not have any more."""
+    """Hash of counts: ``seq``, ``codes`` and ``bytes`` (in the outbox), ``restocked``, ``popped``, ``set_aside``,
+    ``taken_back``, ``withdrawn``; ``flushed``, the outbox sequences that went into the ledger last, and ``lost``, one
+    that the store does not have any more."""
     return f"{tag(partition)}:{generation}:totals"
 
 

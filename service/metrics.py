@@ -76,6 +76,9 @@ leased = Counter("voucherd_leased_codes", "Codes leased to windows", ["pool"])
 outbox_codes = Gauge(
     "voucherd_outbox_codes", "Codes in the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"
 )
+outbox_bytes = Gauge(
+    "voucherd_outbox_bytes", "Bytes of the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"
+)
 outbox_age_seconds = Gauge(
     "voucherd_outbox_age_seconds", "Age of the oldest outbox entry in seconds", ["partition"],
     multiprocess_mode="livemax",

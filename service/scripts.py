@@ -149,7 +149,7 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Books(msgspec.Struct, frozen=True):
-    """A generation's books in Redis, read at one moment; all counts are codes but ``entries``."""
+    """A generation's books in Redis, read at one moment; all counts are codes but ``bytes`` and ``entries``."""
 
     seq: int
     codes: int
@@ -159,6 +159,7 @@ class Books(msgspec.Struct, frozen=True):
     taken_back: int
     withdrawn: int
     lost: int  # outbox sequence that was flushed and that the store lost; 0 if it did not
+    bytes: int  # in the outbox
     entries: int
     flushed: tuple[int, ...]  # outbox sequences that were flushed last
     windows: dict[str, Window]
@@ -215,10 +216,12 @@ class Scripts:
         generation: int,
         version: int,
         outbox_max: int,
+        outbox_bytes_max: int,
         retention_s: int,
         bounds: Mapping[Counter, PeriodBounds],
     ) -> Reply:
-        """Runs ``lua/issue.lua``.  ``bounds`` holds, for each counter of the plans, start, middle and end.
+        """Runs ``lua/issue.lua``.  ``bounds`` holds, for each counter of the plans, start, middle and end; the outbox
+        is to hold no more than ``outbox_max`` codes and ``outbox_bytes_max`` bytes.
 
         Raises ReplyMismatch if the reply is not this call's; nothing of it was used and the connection is gone.
         """
@@ -259,7 +262,7 @@ class Scripts:
             "issue",
             [self._generation, self._fence, keys.totals(p, g), keys.outbox(p, g), self._demand,
              *pool_keys, *counter_keys, *[keys.rate(p, g, distributor) for distributor in limits], *replay_keys],
-            [g, version, nonce, outbox_max, SET_ASIDE_MAX, retention_s,
+            [g, version, nonce, outbox_max, outbox_bytes_max, SET_ASIDE_MAX, retention_s,
              len(pools), len(counters), len(limits), len(plans), len(batch), *pool_args, *counter_args,
              *[value for distributor, limit in limits.items() for value in (distributor, limit.rate, limit.burst)],
              *plan_args, *request_args],
@@ -426,8 +429,8 @@ class Scripts:
         )  # fmt: skip
         return raw[0], int(raw[1])
 
-    async def flushed(self, group: str, entries: Sequence[tuple[str, int]], *, generation: int, seq: int) -> int:
-        """Runs ``lua/flushed.lua`` for ``entries`` of (stream id, codes): how many were still in the outbox.
+    async def flushed(self, group: str, entries: Sequence[tuple[str, int, int]], *, generation: int, seq: int) -> int:
+        """Runs ``lua/flushed.lua`` for ``entries`` of (stream id, codes, bytes): how many were still in the outbox.
 
         ``seq``: outbox sequence of one of them that is in the ledger, 0 if none is.
         """
@@ -464,12 +467,12 @@ class Scripts:
         )  # fmt: skip
         if raw[0] == "MOVED":
             return None
-        seq, codes, restocked, popped, set_aside, taken_back, withdrawn, lost, entries = (
-            int(value) for value in raw[2:11]
+        seq, codes, restocked, popped, set_aside, taken_back, withdrawn, lost, held, entries = (
+            int(value) for value in raw[2:12]
         )
-        flushed, windows = sequences(raw[11]), raw[12:]
+        flushed, windows = sequences(raw[12]), raw[13:]
         return Books(
-            seq, codes, restocked, popped, set_aside, taken_back, withdrawn, lost, entries, flushed,
+            seq, codes, restocked, popped, set_aside, taken_back, withdrawn, lost, held, entries, flushed,
             {
                 pool: Window(int(windows[i]), windows[i + 1], int(windows[i + 2]), int(windows[i + 3] or -1))
                 for i, pool in zip(range(0, len(windows), 4), pools, strict=True)

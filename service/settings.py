@@ -21,6 +21,10 @@ PREFIX = "VOUCHERD_"
 # Seconds.  A signing key that was rotated away verifies for so long, whatever a process that signed with it was told.
 TOKEN_LIFETIME_S_MAX = 86_400
 
+# Of one voucher in the outbox: some 250 on v1; on v3, with what a product says of its vouchers, about 700 if it comes
+# alone.
+ENTRY_BYTES = 1_024
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
@@ -54,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """vouchers per second to be ready for; sizes windows and outbox"""
     store_outage_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 60
     """seconds that issuing goes on without the store"""
+    outbox_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
+    """bytes that may wait in the outbox for the store, past it 503 `overloaded`; 0: 1,024 for each code that may"""
     replay_retention_s: Annotated[int, msgspec.Meta(ge=60, le=30 * 86_400)] = 86_400
     """seconds that a repeated request gets its first answer"""
     queue_max: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 2_048
@@ -83,6 +89,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return max(10_000, 2 * self.planned_rate * self.store_outage_s)
 
     @property
+    def outbox_bytes_max(self) -> int:
+        """Bytes that may wait in the outbox of a partition, so that what was issued is refused before Redis' memory
+        is full."""
+        return self.outbox_bytes or ENTRY_BYTES * self.outbox_max
+
+    @property
     def low_water(self) -> int:
         """Codes a window must hold to cover P7 at the planned rate; at least 20."""
         return max(20, self.planned_rate * self.store_outage_s)
@@ -91,6 +103,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """These settings, if they agree with each other.  Raises Misconfigured, naming the variable."""
         if self.redis_timeout_ms >= self.deadline_ms:
             raise Misconfigured(f"{PREFIX}REDIS_TIMEOUT_MS must be below {PREFIX}DEADLINE_MS ({self.deadline_ms})")
+        if 0 < self.outbox_bytes < (needed := ENTRY_BYTES * self.planned_rate * self.store_outage_s):
+            raise Misconfigured(
+                f"{PREFIX}OUTBOX_BYTES must be 0 or at least {needed:,}: {ENTRY_BYTES:,} for each voucher of "
+                f"{PREFIX}STORE_OUTAGE_S ({self.store_outage_s}) at {PREFIX}PLANNED_RATE ({self.planned_rate})"
+            )
         if unknown := unknown_names(self.accepted):
             raise Misconfigured(
                 f"{PREFIX}ACCEPT names no check by {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}"

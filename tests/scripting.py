@@ -286,7 +286,7 @@ class Bench:
 
     async def issue(
         self, *batch: Routed, generation: int | None = None, version: int | None = None, outbox_max: int = 10_000,
-        retention_s: int = 86_400, bounds: Mapping[Counter, PeriodBounds] | None = None,
+        outbox_bytes_max: int = 10**7, retention_s: int = 86_400, bounds: Mapping[Counter, PeriodBounds] | None = None,
     ) -> Reply:  # fmt: skip
         """One batch.  ``bounds`` are those of the server's present unless given."""
         if bounds is None:
@@ -297,7 +297,7 @@ class Bench:
             batch,
             generation=self.generation if generation is None else generation,
             version=self.version if version is None else version,
-            outbox_max=outbox_max, retention_s=retention_s, bounds=bounds,
+            outbox_max=outbox_max, outbox_bytes_max=outbox_bytes_max, retention_s=retention_s, bounds=bounds,
         )  # fmt: skip
         for routed, answer in zip(batch, reply.answers, strict=False):  # there are none unless all is well
             if answer.status == "ISSUED":
@@ -311,6 +311,10 @@ class Bench:
         reply = await self.issue(*batch, **options)
         assert reply.status == "OK"
         return [answer.status for answer in reply.answers]
+
+    async def waiting(self) -> list[tuple[str, int, int]]:
+        """The entries of the outbox as ``flushed`` is told of them: stream id, codes, bytes."""
+        return [(entry, int(fields["codes"]), int(fields["bytes"])) for entry, fields in await self.outbox()]
 
     # --- what must always hold --------------------------------------------------------------------------------------
 
@@ -359,7 +363,7 @@ class Bench:
         assert books.restocked - books.popped - books.set_aside - books.taken_back - books.withdrawn == windows
         entries = await self.outbox()
         assert len(entries) == books.entries
-        held = 0
+        held = bytes_held = 0
         for _, fields in entries:
             issued = [Record.unpack_entry(text) for text in parse_separated(fields["issued"])]
             asides = [Code.unpack(text) for text in parse_separated(fields["asides"])]
@@ -368,7 +372,10 @@ class Bench:
             for code in asides:
                 assert (code.lot, code.seq) not in self.given, f"{code} was set aside and given"
             held += int(fields["codes"])
-        assert held == books.codes
+            texts = [text for text in (fields["issued"], fields["asides"]) if text]
+            assert int(fields["bytes"]) == sum(len(text.encode()) + 1 for text in texts)
+            bytes_held += int(fields["bytes"])
+        assert (held, bytes_held) == (books.codes, books.bytes)
         sequence = [int(fields["seq"]) for _, fields in entries]
         assert sequence == sorted(set(sequence))
         assert not sequence or sequence[-1] == books.seq

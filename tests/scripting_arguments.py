@@ -81,7 +81,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
     await bench.issue(Routed(request("older"), plan(candidate(pool="Q"))))
     await bench.redis.rpush(keys.window(0, 3, "P"), "a code of a generation that was left")
     await bench.redis.hset(keys.totals(0, 3), "seq", 3)
-    entries = [(entry, int(fields["codes"])) for entry, fields in await bench.outbox()]
+    entries = await bench.waiting()
     code, *_ = codes = bench.codes(3, expires_at=now + YEAR_S)
     record = Record(
         "x", "v1", DISTRIBUTOR, DISTRIBUTOR, "gone", now, Rule("CAMP", "P", "CAT", "PAY", 0), (code,)
@@ -97,7 +97,8 @@ async def prepare(bench: Bench) -> dict[str, Call]:
                 Routed(one, both, limit=RateLimit(7, 20))
                 for one in (request("old"), request("a", quantity=2), request("b", terminal="T-2"))
             ],
-            generation=1, version=1, outbox_max=1_000, retention_s=86_400, bounds=bounds,
+            generation=1, version=1, outbox_max=1_000, outbox_bytes_max=100_000, retention_s=86_400,
+            bounds=bounds,
         ),
         doors.replay([request("old"), request("new")], generation=1, version=1),
         doors.restock("P", "next", bench.last_lease("P"), codes, generation=1, stock_version=7, low_water=20),

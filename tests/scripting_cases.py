@@ -73,7 +73,10 @@ class ScriptCases:
         assert await bench.redis.get(key) == answer.detail
         assert 990 < await bench.redis.ttl(key) <= 1_000
         [(_, fields)] = await bench.outbox()
-        assert fields == {"generation": "1", "seq": "1", "codes": "1", "issued": record.pack_entry(), "asides": ""}
+        entry = record.pack_entry()
+        assert fields == {
+            "generation": "1", "seq": "1", "codes": "1", "bytes": str(len(entry) + 1), "issued": entry, "asides": "",
+        }  # fmt: skip
         assert (await bench.window())[0] == second
 
     async def test_quantity_n_gets_n_codes_in_their_order(self, bench: Bench) -> None:
@@ -387,9 +390,43 @@ class ScriptCases:
         before = await bench.contents()
         assert await bench.words(Routed(request("d"), same), outbox_max=5) == ["BACKLOG"]
         assert await bench.contents() == before
-        [entry, _] = await bench.outbox()
-        assert await bench.scripts.flushed("ledger", [(entry[0], 4)], generation=1, seq=1) == 1
+        [entry, _] = await bench.waiting()
+        assert await bench.scripts.flushed("ledger", [entry], generation=1, seq=1) == 1
         assert await bench.words(Routed(request("b", quantity=2), same), outbox_max=5) == ["ISSUED"]
+
+    async def test_the_outbox_never_holds_more_bytes_than_its_bound(self, bench: Bench) -> None:
+        await bench.restock(count=20)
+        assert await bench.words(Routed(request("a"), plan())) == ["ISSUED"]
+        [(_, _, size)] = await bench.waiting()  # keys as long as this one make entries as long
+        batch = [Routed(request(key), plan()) for key in "bcd"]
+        reply = await bench.issue(*batch, Routed(request("a"), plan()), outbox_bytes_max=3 * size + size - 1)
+        assert [answer.status for answer in reply.answers] == ["ISSUED", "ISSUED", "BACKLOG", "REPLAY"]
+        assert reply.answers[2].detail == "bytes"
+        before = await bench.contents()
+        assert await bench.words(Routed(request("d"), plan()), outbox_bytes_max=4 * size - 1) == ["BACKLOG"]
+        assert await bench.contents() == before
+        assert await bench.words(Routed(request("d"), plan()), outbox_bytes_max=4 * size) == ["ISSUED"]
+        assert await bench.scripts.flushed("ledger", (await bench.waiting())[:1], generation=1, seq=1) == 1
+        assert await bench.words(Routed(request("e"), plan()), outbox_bytes_max=4 * size) == ["ISSUED"]
+
+    async def test_set_asides_keep_the_bound_in_bytes_too(self, bench: Bench) -> None:
+        old = await bench.restock(count=3, expires_at=await bench.now() - 1)
+        await bench.restock(count=1)
+        size = len(old[0].pack()) + 1
+        reply = await bench.issue(Routed(request(), plan()), outbox_bytes_max=2 * size)
+        assert [(answer.status, answer.detail) for answer in reply.answers] == [("BACKLOG", "bytes")]
+        assert [fields["asides"].count("CODE") for _, fields in await bench.outbox()] == [2]
+        assert await bench.words(Routed(request(), plan()), outbox_bytes_max=3 * size) == ["BACKLOG"]
+        assert await bench.words(Routed(request(), plan()), outbox_bytes_max=3 * size) == ["BACKLOG"]
+        assert len(await bench.window()) == 1
+        assert await bench.words(Routed(request(), plan())) == ["ISSUED"]
+
+    async def test_bytes_that_a_worker_of_before_did_not_count_are_not_in_the_way_for_ever(self, bench: Bench) -> None:
+        await bench.restock()
+        assert await bench.words(Routed(request("a"), plan())) == ["ISSUED"]
+        [(entry, codes, size)] = await bench.waiting()
+        assert await bench.scripts.flushed("ledger", [(entry, codes, 0)], generation=1, seq=1) == 1
+        assert await bench.words(Routed(request("b"), plan()), outbox_bytes_max=size) == ["ISSUED"]
 
     # --- issue: rate limit ------------------------------------------------------------------------------------------
 
@@ -732,26 +769,28 @@ class ScriptCases:
         for i in range(4):
             await bench.words(Routed(request(f"r{i}", quantity=i + 1), plan()))
         read = await bench.redis.xreadgroup("ledger", "me", {outbox: ">"})
-        ids = [entry for entry, _ in read[0][1]]
-        assert await bench.scripts.flushed("ledger", [(ids[0], 1), (ids[1], 2)], generation=1, seq=2) == 2
-        again = [(ids[0], 1), (ids[1], 2), (ids[2], 3), (ids[2], 3), ("1-1", 50)]
+        entries = await bench.waiting()
+        assert [entry for entry, _ in read[0][1]] == [entry for entry, _, _ in entries]
+        assert await bench.scripts.flushed("ledger", entries[:2], generation=1, seq=2) == 2
+        again = [*entries[:3], entries[2], ("1-1", 50, 5_000)]
         assert await bench.scripts.flushed("ledger", again, generation=1, seq=1) == 1
         books = await bench.scripts.books(["P"], generation=1)
         assert books is not None
         assert (books.codes, books.entries, books.flushed, books.seq) == (4, 1, (2, 1), 4)
+        assert books.bytes == entries[3][2]
         assert (await bench.redis.xpending(outbox, "ledger"))["pending"] == 1
         await bench.redis.delete(outbox)
-        assert await bench.scripts.flushed("ledger", [(ids[3], 4)], generation=1, seq=4) == 0
-        await bench.redis.hset(keys.totals(0, 1), "codes", 0)
+        assert await bench.scripts.flushed("ledger", entries[3:], generation=1, seq=4) == 0
+        await bench.redis.hset(keys.totals(0, 1), mapping={"codes": 0, "bytes": 0})
 
     async def test_the_last_flushes_are_noted_and_no_more(self, bench: Bench) -> None:
         await bench.restock(count=20)
         for i in range(20):
             await bench.words(Routed(request(f"r{i}"), plan()))
-        entries = [entry for entry, _ in await bench.outbox()]
+        entries = await bench.waiting()
         for seq in (2, 1, *range(3, 21)):
-            assert await bench.scripts.flushed("ledger", [(entries[seq - 1], 1)], generation=1, seq=seq) == 1
-            assert await bench.scripts.flushed("ledger", [(entries[seq - 1], 1)], generation=1, seq=seq) == 0
+            assert await bench.scripts.flushed("ledger", [entries[seq - 1]], generation=1, seq=seq) == 1
+            assert await bench.scripts.flushed("ledger", [entries[seq - 1]], generation=1, seq=seq) == 0
             books = await bench.scripts.books([], generation=1)
             assert books is not None
             assert books.flushed == (2, 1, *range(3, 21))[: 1 if seq == 2 else max(seq, 2)][-16:]
@@ -775,12 +814,12 @@ class ScriptCases:
         before = await bench.contents()
         assert await bench.scripts.forget(of_it, generation=1) == ("OPEN", 0)
         assert await bench.contents() == before
-        [(entry, _)] = await bench.outbox()
+        [entry] = await bench.waiting()
         assert await bench.open(2) == "OK"
         before = await bench.contents()
         assert await bench.scripts.forget(of_it, generation=1) == ("HELD", 0)
         assert await bench.contents() == before
-        await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, seq=1)
+        await bench.scripts.flushed("ledger", [entry], generation=1, seq=1)
         assert await bench.scripts.forget([*of_it, keys.window(0, 1, "Q")], generation=1) == ("OK", 4)
         assert [key for key in await bench.contents() if key in of_it] == []
         await bench.redis.flushall()
@@ -809,7 +848,7 @@ class ScriptCases:
     async def test_a_full_memory_stops_new_vouchers_and_no_replay(self, bench: Bench) -> None:
         await bench.restock()
         issued = (await bench.issue(Routed(request("old"), plan()))).answers[0].detail
-        [(entry, _)] = await bench.outbox()
+        [entry] = await bench.waiting()
         await bench.set_full(True)
         try:
             before = await bench.contents()
@@ -818,7 +857,7 @@ class ScriptCases:
             assert await bench.contents() == before
             reply = await bench.scripts.replay([request("old"), request("new")], generation=1, version=1)
             assert [(one.status, one.detail) for one in reply.answers] == [("REPLAY", issued), ("MISS", "")]
-            assert await bench.scripts.flushed("ledger", [(entry, 1)], generation=1, seq=1) == 1
+            assert await bench.scripts.flushed("ledger", [entry], generation=1, seq=1) == 1
         finally:
             await bench.set_full(False)
         assert await bench.words(Routed(request("new"), plan())) == ["ISSUED"]

@@ -40,6 +40,7 @@ def explain(
             return await explaining.explain(
                 here.database, here.scripts, distributor, wanted,
                 terminal=terminal, outbox_max=here.settings.outbox_max,
+                outbox_bytes_max=here.settings.outbox_bytes_max,
             )  # fmt: skip
 
     found = asyncio.run(run())

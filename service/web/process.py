@@ -74,6 +74,7 @@ async def build(settings: Settings) -> AsyncIterator[App]:
             preload.load,
             lookup,
             outbox_max=settings.outbox_max,
+            outbox_bytes_max=settings.outbox_bytes_max,
             retention_s=settings.replay_retention_s,
             queue_max=settings.queue_max,
             deadline_s=settings.deadline_ms / 1000,

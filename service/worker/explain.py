@@ -17,6 +17,7 @@ from service.catalogue import Campaign, Catalogue, Route, cap_field, load, perio
 from service.domain import Code, RateLimit, Unavailable, instant
 from service.errors import NotFound, RedisUnreachable, StoreUnreachable
 from service.scripts import SET_ASIDE_MAX, Candidate, CountedCap, Generation, Scripts, counter_key
+from service.settings import ENTRY_BYTES
 from service.store import control
 from service.store.database import Database
 from service.worker.currency import catalogue_at
@@ -88,8 +89,9 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 async def explain(
-    database: Database, scripts: Scripts, distributor: str, products: tuple[str, ...], *, terminal: str, outbox_max: int
-) -> Explanation:
+    database: Database, scripts: Scripts, distributor: str, products: tuple[str, ...], *, terminal: str,
+    outbox_max: int, outbox_bytes_max: int,
+) -> Explanation:  # fmt: skip
     """Why a request of this distributor would get what it would get.
 
     By the catalogue that is in force.  Raises RedisUnreachable; NotFound if no catalogue is in force, or neither Redis
@@ -103,7 +105,8 @@ async def explain(
     elif seen.restoring:
         notes.append("replay records are being restored: a key that is not there is looked up in the ledger first")
     route = catalogue.route(distributor, products)
-    state = await read(scripts, seen.open, route.plan.candidates, distributor, terminal, outbox_max)
+    bounds = (outbox_max, outbox_bytes_max)
+    state = await read(scripts, seen.open, route.plan.candidates, distributor, terminal, bounds)
     verdicts = decide(
         route.plan.candidates, state, lambda cap: _counted(scripts, seen.open, cap, distributor, terminal, state.now)
     )
@@ -237,9 +240,10 @@ async def read(
     candidates: Sequence[Candidate],
     distributor: str,
     terminal: str,
-    outbox_max: int,
+    bounds: tuple[int, int],
 ) -> Seen:
-    """All that ``decide`` needs, as Redis had it at one moment.  Raises RedisUnreachable."""
+    """All that ``decide`` needs, as Redis had it at one moment; ``bounds``: codes and bytes that the outbox may hold.
+    Raises RedisUnreachable."""
     p = scripts.partition
     pools = sorted({candidate.pool for candidate in candidates})
     caps = [cap for candidate in candidates for cap in candidate.caps]
@@ -251,7 +255,7 @@ async def read(
             )
             async with scripts.redis.pipeline(transaction=True) as pipe:
                 pipe.time()
-                pipe.hget(keys.totals(p, generation), "codes")
+                pipe.hmget(keys.totals(p, generation), "codes", "bytes")
                 for pool in pools:
                     pipe.llen(keys.window(p, generation, pool))
                     pipe.lrange(keys.window(p, generation, pool), 0, SET_ASIDE_MAX)
@@ -275,8 +279,13 @@ async def read(
         now,
         windows,
         {one: int(count or 0) for one, count in zip(counted, used, strict=True)},
-        outbox_max - int(found[1] or 0),
+        _room(bounds, *(int(one or 0) for one in found[1])),
     )
+
+
+def _room(bounds: tuple[int, int], codes: int, held: int) -> int:
+    """Codes that the outbox may still take; none if it has no bytes for one of any length."""
+    return bounds[0] - codes if not codes or bounds[1] - held >= ENTRY_BYTES else 0
 
 
 async def _left(scripts: Scripts, generation: int, distributor: str, limit: RateLimit) -> int:

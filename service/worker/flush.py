@@ -122,7 +122,7 @@ class Flush:
         chunk: list[tuple[str, dict[str, str] | None]] = []
         codes = 0
         for entry in entries:
-            held = _held(entry[1] or {})
+            held = _counted(entry[1] or {}, "codes")
             if chunk and codes + held > CODES_MAX:
                 total = _sum(total, await self._settle(generation, chunk))
                 chunk, codes = [], 0
@@ -133,13 +133,13 @@ class Flush:
     async def _settle(self, generation: int, entries: Sequence[tuple[str, dict[str, str] | None]]) -> Flushed:
         partition, now = self._scripts.partition, self._now()
         good: list[Entry] = []
-        taken_out: list[tuple[str, int]] = []
+        taken_out: list[tuple[str, int, int]] = []
         parked = 0
         for entry_id, fields in entries:
             if fields is None:  # another worker flushed and deleted it; only our pending mark is left
-                taken_out.append((entry_id, 0))
+                taken_out.append((entry_id, 0, 0))
                 continue
-            held = _held(fields)
+            held = _counted(fields, "codes")
             try:
                 good.append(parse(partition, generation, entry_id, fields))
             except (ValueError, KeyError) as error:
@@ -157,7 +157,7 @@ class Flush:
                 parked += held
                 metrics.parked.inc()
                 log.error("entry parked", partition=partition, generation=generation, entry=entry_id)
-            taken_out.append((entry_id, held))
+            taken_out.append((entry_id, held, _counted(fields, "bytes")))
         result = await self._to_ledger(generation, good, now)
         if result.paused:  # in force before the entries are gone, so that a crash here pauses it at the next step
             await change(
@@ -280,8 +280,9 @@ def _sum(one: Flushed, other: Flushed) -> Flushed:
     return Flushed(*map(add, msgspec.structs.astuple(one), msgspec.structs.astuple(other)))
 
 
-def _held(fields: dict[str, str]) -> int:
-    text = fields.get("codes", "0")
+def _counted(fields: dict[str, str], name: str) -> int:
+    """What the entry says that it added to this count; 0 if that is no count of ours."""
+    text = fields.get(name, "0")
     return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 

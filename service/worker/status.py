@@ -56,6 +56,8 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     outbox_codes: int
     outbox_entries: int
     outbox_max: int
+    outbox_bytes: int
+    outbox_bytes_max: int
     outbox_age_s: float
     outage_s: int
 
@@ -181,7 +183,8 @@ def _partition(
     codes, entries = (held.codes, held.entries) if held is not None else (0, 0)
     if kept is not None and seen.agrees and seen.fence < kept.version:
         wrong.append(f"catalogue {kept.version} is not in force yet: see that `voucherd work` runs")
-    if held is not None and held.codes >= settings.outbox_max:
+    full = held is not None and (held.codes >= settings.outbox_max or held.bytes >= settings.outbox_bytes_max)
+    if full:
         wrong.append("the outbox is full, new requests are refused: see that `voucherd work` and the store run")
     return PartitionStatus(
         generation=seen.open,
@@ -191,6 +194,8 @@ def _partition(
         outbox_codes=codes,
         outbox_entries=entries,
         outbox_max=settings.outbox_max,
+        outbox_bytes=0 if held is None else held.bytes,
+        outbox_bytes_max=settings.outbox_bytes_max,
         outbox_age_s=age_s,
         outage_s=_outage_s(held, kept, settings) if held is not None else 0,
     )

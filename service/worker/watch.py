@@ -51,6 +51,7 @@ class Watch:
             metrics.generation.labels(partition).set(seen.open)
             if held is not None:
                 metrics.outbox_codes.labels(partition).set(held.codes)
+                metrics.outbox_bytes.labels(partition).set(held.bytes)
                 for pool, window in held.windows.items():
                     metrics.window_codes.labels(pool).set(window.length)
                 age_s = await outbox_age_s(self._scripts, seen.open, self._now())

@@ -25,6 +25,7 @@ from tests.scripting import record_of
 
 DISTRIBUTOR = "DIST-001"
 OUTBOX_MAX = 10_000
+OUTBOX_BYTES_MAX = 10_000_000
 RETENTION_S = 86_400
 IDS = IdKeys("k1", {"k1": bytes(range(32))})
 CLIENT = "CLIENT-001"
@@ -106,6 +107,7 @@ class Stage:
             generation=(await self.scripts.generation()).open,
             version=version,
             outbox_max=OUTBOX_MAX,
+            outbox_bytes_max=OUTBOX_BYTES_MAX,
             retention_s=RETENTION_S,
             bounds={
                 cap.counter: period_bounds(cap.counter.period, cap.counter.time_zone, now)

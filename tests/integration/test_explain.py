@@ -21,7 +21,7 @@ from service.store.stock import Row, begin_import, import_rows
 from service.tokens import digest
 from service.worker.explain import Explanation, explain
 from service.worker.publish import change
-from tests.integration.stage import DISTRIBUTOR, OUTBOX_MAX, RETENTION_S, Stage, staged
+from tests.integration.stage import DISTRIBUTOR, OUTBOX_BYTES_MAX, OUTBOX_MAX, RETENTION_S, Stage, staged
 from tests.integration.typed import ok, refused, run
 
 OnStage = Callable[[Callable[[Stage], Any]], Any]
@@ -96,6 +96,7 @@ async def _ask(
         generation=(await stage.scripts.generation()).open,
         version=catalogue.version,
         outbox_max=outbox_max,
+        outbox_bytes_max=OUTBOX_BYTES_MAX,
         retention_s=RETENTION_S,
         bounds={
             cap.counter: period_bounds(cap.counter.period, cap.counter.time_zone, now)
@@ -139,8 +140,9 @@ async def test_winner_and_reasons_are_what_issue_does_next(store_url: str, valke
                     products = tuple(f"{product}-{number}" for product in wanted)
                     terminal = rng.choice(("T1", "T2"))
                     said = await explain(
-                        database, stage.scripts, DISTRIBUTOR, products, terminal=terminal, outbox_max=outbox_max
-                    )
+                        database, stage.scripts, DISTRIBUTOR, products, terminal=terminal, outbox_max=outbox_max,
+                        outbox_bytes_max=OUTBOX_BYTES_MAX,
+                    )  # fmt: skip
                     answer, route = await _ask(stage, catalogue, f"r-{number}-{step}", products, terminal, outbox_max)
                     _same(said, answer, route)
                     statuses.add(answer.status)
@@ -263,7 +265,7 @@ def test_it_says_that_a_distributor_is_over_its_limit(store: OnStage) -> None:
         seen = await stage.scripts.generation()
         reply = await stage.scripts.issue(
             [Routed(asked, route.plan, limit=limit)], generation=seen.open, version=seen.fence, outbox_max=OUTBOX_MAX,
-            retention_s=RETENTION_S, bounds={},
+            outbox_bytes_max=OUTBOX_BYTES_MAX, retention_s=RETENTION_S, bounds={},
         )  # fmt: skip
         assert [answer.status for answer in reply.answers] == ["LIMITED"]
 

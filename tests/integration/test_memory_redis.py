@@ -212,7 +212,8 @@ async def test_no_script_answers_otherwise_than_on_a_real_server(valkey_url: str
             answer: Any
             if what == "issue":
                 answer = _told(await scripts.issue(
-                    routed, generation=sent, version=behind, outbox_max=30, retention_s=100, bounds=bounds
+                    routed, generation=sent, version=behind, outbox_max=30, outbox_bytes_max=2_000, retention_s=100,
+                    bounds=bounds,
                 ))  # fmt: skip
             elif what == "replay":
                 answer = _told(await scripts.replay(requests, generation=sent, version=behind))
@@ -233,9 +234,9 @@ async def test_no_script_answers_otherwise_than_on_a_real_server(valkey_url: str
             elif what == "flush":
                 outbox = f"{{0}}:{generation}:outbox"
                 entries = await scripts.redis.xrange(outbox)
-                some = [(id, int(fields["codes"])) for id, fields in entries[:3]]
+                some = [(id, int(fields["codes"]), int(fields["bytes"])) for id, fields in entries[:3]]
                 taken = await scripts.flushed("ledger", some, generation=generation, seq=step)
-                answer = [taken, [codes for _, codes in some]]
+                answer = [taken, [held for _, *held in some]]
             else:
                 answer = await scripts.books(["P", "Q"], generation=sent)
             answers.append(answer)

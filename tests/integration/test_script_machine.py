@@ -296,8 +296,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.outbox)
     @rule(count=st.integers(1, 4), twice=st.booleans())
     def flushed(self, count: int, twice: bool) -> None:
-        entries = self.run(self.bench.outbox())[:count]
-        held = [(entry, int(fields["codes"])) for entry, fields in entries]
+        entries, held = self.run(self.bench.outbox())[:count], self.run(self.bench.waiting())[:count]
         last = int(entries[-1][1]["seq"])
         for expected in (len(held), 0) if twice else (len(held),):
             done = self.run(self.bench.scripts.flushed("ledger", held, generation=self.bench.generation, seq=last))

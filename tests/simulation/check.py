@@ -393,9 +393,11 @@ class Truth:
 
     def _check_books(self, data: Data, generation: int, window: set[Position]) -> None:
         totals: Any = data.keys.get(f"{{0}}:{generation}:totals", {})
-        restocked, popped, aside, withdrawn, codes = (
-            int(totals.get(name, 0)) for name in ("restocked", "popped", "set_aside", "withdrawn", "codes")
+        restocked, popped, aside, withdrawn, codes, held = (
+            int(totals.get(name, 0)) for name in ("restocked", "popped", "set_aside", "withdrawn", "codes", "bytes")
         )
+        if (written := bytes_in_outbox(data, generation)) != held:
+            self.broken("P5", f"{held} bytes should be in the outbox, and {written} are")
         if restocked - popped - aside - withdrawn != len(window):
             self.broken(
                 "P5",
@@ -457,6 +459,17 @@ def codes_in_outboxes(data: Data) -> set[Position]:
                     found |= _positions_of(Record.unpack_entry(text).codes)
                 found |= _positions_of(map(Code.unpack, parse_separated(fields["asides"])))
     return found
+
+
+def bytes_in_outbox(data: Data, generation: int) -> int:
+    """What the entries of one generation's outbox add to its bytes: each text and the character after it."""
+    stream = data.keys.get(f"{{0}}:{generation}:outbox")
+    entries = stream.entries.values() if isinstance(stream, Stream) else ()
+    held = 0
+    for entry in entries:
+        fields = dict(zip(entry[::2], entry[1::2], strict=True))
+        held += sum(len(fields[name]) + 1 for name in ("issued", "asides") if fields[name])
+    return held
 
 
 def codes_in_windows(data: Data, generation: int) -> set[Position]:

@@ -136,6 +136,7 @@ class World:
         self.is_older = False
         self.repairing: asyncio.Task[None] | None = None
         self.recovery = rng.choice((1, 4))  # how much slower than usual
+        self.outbox_bytes_max = rng.choice((1_500, 10**6))
         for distributor in DISTRIBUTORS:
             if rng.random() < 0.4:
                 self.truth.rates[distributor] = RateLimit(rng.choice((1, 3, 7)), rng.choice((2, 5)))
@@ -369,8 +370,9 @@ class World:
             lambda: -1 if issuer.catalogue is None else issuer.catalogue.version,
         )  # fmt: skip
         issuer = Issuer(
-            scripts, preload.load, lookup, outbox_max=self.outbox_max, retention_s=self.retention_s, queue_max=64,
-            deadline_s=DEADLINE_S, clock=self.loop.time, unix_clock=self.scheduler.unix,
+            scripts, preload.load, lookup, outbox_max=self.outbox_max, outbox_bytes_max=self.outbox_bytes_max,
+            retention_s=self.retention_s, queue_max=64, deadline_s=DEADLINE_S,
+            clock=self.loop.time, unix_clock=self.scheduler.unix,
         )  # fmt: skip
 
         async def begin() -> None:

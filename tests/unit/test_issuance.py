@@ -118,7 +118,9 @@ def issuer(script: Script, *, load: Callable[[int], Catalogue] | None = None, kn
             raise known
         return {one: record(one) for one in asked if one in known}
 
-    options: dict[str, Any] = {"outbox_max": 1_000, "retention_s": 60, "queue_max": 2_048, "deadline_s": 2.0}
+    options: dict[str, Any] = {
+        "outbox_max": 1_000, "outbox_bytes_max": 10**6, "retention_s": 60, "queue_max": 2_048, "deadline_s": 2.0,
+    }  # fmt: skip
     made = Issuer(script, load_catalogue, lookup, **{**options, **changes})  # type: ignore[arg-type]
     made.start()
     return made

@@ -18,6 +18,7 @@ BOUNDS = {
     "workers": (1, 64),
     "planned_rate": (1, 1_000_000),
     "store_outage_s": (1, 86_400),
+    "outbox_bytes": (0, 1 << 40),
     "replay_retention_s": (60, 2_592_000),
     "queue_max": (1, 1_000_000),
     "deadline_ms": (50, 60_000),
@@ -120,6 +121,13 @@ def test_an_argument_past_its_bound_is_refused_by_name() -> None:
 def test_what_would_make_every_access_token_unusable_is_refused(name: str, value: str) -> None:
     with pytest.raises(Misconfigured, match=f"VOUCHERD_{name.upper()}"):
         load(environment(**{name: value}))
+
+
+def test_outbox_bytes_are_never_the_first_bound_by_far() -> None:
+    assert load({}).outbox_bytes_max == 1_024 * load({}).outbox_max
+    assert load(environment(outbox_bytes=1_024 * 50 * 60)).outbox_bytes_max == 1_024 * 50 * 60
+    with pytest.raises(Misconfigured, match="VOUCHERD_OUTBOX_BYTES must be 0 or at least 3,072,000"):
+        load(environment(outbox_bytes=1_024 * 50 * 60 - 1))
 
 
 def test_windows_and_outbox_never_cover_less_than_the_promise() -> None:
