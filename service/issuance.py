@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from service import metrics
+from service.admission import Admission
 from service.catalogue import Catalogue, Route, period_bounds
 from service.domain import (
     Authenticated,
@@ -100,7 +101,6 @@ class Issuer:
         self._outbox_max = outbox_max
         self._outbox_bytes_max = outbox_bytes_max
         self._retention_s = retention_s
-        self._queue_max = queue_max
         self._deadline_s = deadline_s
         self._id_key = id_key
         self._clock = clock
@@ -111,7 +111,7 @@ class Issuer:
         self._server_ahead_s = 0.0  # Redis' clock less ours, as of its last reply
 
         self._queue: deque[_Waiting] = deque()
-        self._queued_vouchers = 0
+        self._admission = Admission(queue_max, BATCH_VOUCHERS_MAX, deadline_s)
         self._checks: list[_Check] = []
         self._refilling: dict[str, list[_Waiting]] = {}
         self._waiting = 0  # requests accepted and not yet answered
@@ -132,18 +132,22 @@ class Issuer:
         ``Issued`` is durable when it is told.  ``Busy`` may mean that the outcome is unknown: the same key gets the
         same voucher then.  Everything else: nothing was issued.
         """
-        busy = self._busy()
-        if busy is None and self._queued_vouchers + request.quantity > self._queue_max:
+        now = self._clock()
+        busy = self._busy(now)
+        # Whose it is, as far as is known now: it only decides whose share of the queue it is.
+        holder = "" if self.catalogue is None else self.catalogue.distributor(credential) or ""
+        if busy is None and (guard := self._admission.take(holder, request.quantity, now)):
+            metrics.guard_refusals.labels(guard).inc()
             busy = OVERLOADED
         if busy is not None:
             answered(busy)
             return
         self._queue.append(
             _Waiting(
-                request, NO_PLAN, credential=credential, answered=answered, deadline=self._clock() + self._deadline_s
+                request, NO_PLAN, credential=credential, holder=holder, answered=answered,
+                deadline=now + self._deadline_s,
             )
-        )
-        self._queued_vouchers += request.quantity
+        )  # fmt: skip
         self._expect_answer()
 
     async def issue(self, credential: str, request: Request) -> Outcome:
@@ -158,12 +162,13 @@ class Issuer:
 
     async def confirm(self, judge: Callable[[Catalogue], T]) -> T | Busy:
         """What ``judge``, which must not raise, says of a catalogue that was in force after this call began."""
-        if (busy := self._busy()) is not None:
+        now = self._clock()
+        if (busy := self._busy(now)) is not None:
             return busy
         if len(self._checks) >= CHECKS_MAX:
             return OVERLOADED
         said: asyncio.Future[T | Busy] = asyncio.get_running_loop().create_future()
-        self._checks.append(_Check(judge, partial(_resolve, said), self._clock() + self._deadline_s))
+        self._checks.append(_Check(judge, partial(_resolve, said), now + self._deadline_s))
         self._expect_answer()
         return await said
 
@@ -198,18 +203,22 @@ class Issuer:
             batch: list[_Waiting] = []
             vouchers = 0
             while self._queue and vouchers + self._queue[0].request.quantity <= BATCH_VOUCHERS_MAX:
-                batch.append(self._queue.popleft())
-                vouchers += batch[-1].request.quantity
-            self._queued_vouchers -= vouchers
-            metrics.queue.set(self._queued_vouchers)
+                waiting = self._queue.popleft()
+                batch.append(waiting)
+                vouchers += waiting.request.quantity
+                self._admission.leave(waiting.holder, waiting.request.quantity)
+            metrics.queue.set(self._admission.queued)
             if not self._queue:
                 self._work_to_do.clear()
+            self._admission.began(self._clock())
             try:
                 await self._serve(checks, batch)
             except Exception:  # the boundary of the loop: one defect must not end the service
                 log.exception("batch failed")
                 self._answer_all(checks, UNREACHABLE)
                 self._answer_all(batch, UNREACHABLE)
+            finally:
+                self._admission.ended(self._clock())
 
     # --- call ----------------------------------------------------------------------------------------------------
 
@@ -404,7 +413,8 @@ class Issuer:
 
     def _queue_again(self, waiting: Sequence[_Waiting]) -> None:
         self._queue.extendleft(reversed(waiting))
-        self._queued_vouchers += sum(one.request.quantity for one in waiting)
+        for one in waiting:
+            self._admission.put_back(one.holder, one.request.quantity)
         self._work_to_do.set()
 
     def _answer(self, asking: _Asking, outcome: object) -> None:
@@ -436,11 +446,10 @@ class Issuer:
         self._idle.clear()
         self._work_to_do.set()
 
-    def _busy(self) -> Busy | None:
+    def _busy(self, now: float) -> Busy | None:
         if self._draining:
             return DRAINING
         if self._failures >= BREAKER_FAILURES:
-            now = self._clock()
             if now < self._probe_at:
                 return UNREACHABLE
             self._probe_at = now + BREAKER_PROBE_S
@@ -476,6 +485,7 @@ class _Waiting(Routed, eq=False, kw_only=True):
     """One request that waits for its answer."""
 
     credential: str
+    holder: str  # whose share of the queue it takes
     answered: Callable[[Any], None]
     deadline: float
     route: Route = NO_ROUTE

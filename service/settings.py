@@ -15,6 +15,7 @@ import msgspec
 
 from service.checks import CHECKS, unknown_names
 from service.errors import Misconfigured
+from service.messages import QUANTITY_MAX
 
 PREFIX = "VOUCHERD_"
 
@@ -62,8 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """bytes that may wait in the outbox for the store, past it 503 `overloaded`; 0: 1,024 for each code that may"""
     replay_retention_s: Annotated[int, msgspec.Meta(ge=60, le=30 * 86_400)] = 86_400
     """seconds that a repeated request gets its first answer"""
-    queue_max: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 2_048
-    """vouchers that may wait for a batch in one process; past it 503 `overloaded`"""
+    queue_max: Annotated[int, msgspec.Meta(ge=2 * QUANTITY_MAX, le=1_000_000)] = 4_096
+    """vouchers that may wait for a batch in one process, half of them of one distributor; past it 503 `overloaded`"""
     deadline_ms: Annotated[int, msgspec.Meta(ge=50, le=60_000)] = 2_000
     """longest wait of a request before 503"""
     redis_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=10_000)] = 1_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -38,14 +38,15 @@ NOW = 1_800_000_000
 
 def catalogue(
     version: int = 1, *, token: str | None = TOKEN, active: bool = True, assigned: bool = True,
-    limit: RateLimit | None = None,
+    limit: RateLimit | None = None, others: Mapping[str, str] | None = None,
 ) -> Catalogue:  # fmt: skip
     campaign = Campaign(
         "C", "CAT", ("PAY",), "P", 1, 0, 0, False, "UTC", (), {"D": ()} if assigned else {},
     )  # fmt: skip
     tokens = {digest(token): "D"} if token else {}
     limits = {"D": limit} if limit else {}
-    snapshot = Snapshot(version, tokens, {"D": active}, (Pool("P", 0),), (campaign,), limits=limits)
+    tokens |= {digest(other): owner for other, owner in (others or {}).items()}
+    snapshot = Snapshot(version, tokens, {"D": active, "E": True}, (Pool("P", 0),), (campaign,), limits=limits)
     *_, loaded = load(encode(snapshot))
     assert loaded is not None
     return loaded
@@ -159,6 +160,56 @@ async def test_past_the_queue_bound_nothing_reaches_redis() -> None:
     assert outcomes.count(Busy("overloaded")) >= 30
     assert sum(map(len, script.batches)) == sum(isinstance(one, Issued) for one in outcomes) <= 20
     await service.drain()
+
+
+async def test_a_noisy_distributor_does_not_push_out_the_others() -> None:
+    script = Script("ISSUED")
+    script.hold = asyncio.Event()
+    other = new_token()
+    service = issuer(script, load=lambda version: catalogue(max(1, version), others={other: "E"}), queue_max=100)
+    assert isinstance(await _released(script, service.issue(TOKEN, request())), Issued)  # now it has a catalogue
+    before = _refused("share")
+    noisy = [asyncio.create_task(service.issue(TOKEN, request(f"n{i}"))) for i in range(500)]
+    unknown = [asyncio.create_task(service.issue(new_token(), request(f"u{i}"))) for i in range(500)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    quiet = [asyncio.create_task(service.issue(other, request(f"q{i}", distributor="E"))) for i in range(10)]
+    await asyncio.sleep(0)
+    script.hold.set()
+    assert {type(outcome) for outcome in await asyncio.gather(*quiet)} == {Issued}
+    outcomes = await asyncio.gather(*noisy, *unknown)
+    assert outcomes.count(Busy("overloaded")) == _refused("share") - before > 800
+    assert any(isinstance(outcome, Issued) for outcome in outcomes)
+    await service.drain()
+
+
+async def test_who_would_have_to_wait_for_too_long_is_told_at_once_and_before_redis_is_asked() -> None:
+    clock, script = Clock(), Script("ISSUED")
+    service = issuer(script, clock=clock)
+    script.hold = asyncio.Event()
+    first = asyncio.create_task(service.issue(TOKEN, request("first")))
+    await asyncio.sleep(0.01)
+    clock.now += 2.5  # it hangs for longer than the deadline
+    before, batches = _refused("delay"), len(script.batches)
+    assert await service.issue(TOKEN, request("late")) == Busy("overloaded")
+    assert (_refused("delay") - before, len(script.batches)) == (1, batches)
+    script.hold.set()
+    await first
+    assert isinstance(await service.issue(TOKEN, request("after")), Issued), "shut for good"
+    await service.drain()
+
+
+async def _released(script: Script, asked: Any) -> Any:
+    """What comes of ``asked`` when the script answers at once, which it does not before nor afterwards."""
+    hold, script.hold = script.hold, None
+    try:
+        return await asked
+    finally:
+        script.hold = hold
+
+
+def _refused(guard: str) -> float:
+    return metrics.guard_refusals.labels(guard)._value.get()
 
 
 @pytest.mark.parametrize(

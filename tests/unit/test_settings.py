@@ -20,7 +20,7 @@ BOUNDS = {
     "store_outage_s": (1, 86_400),
     "outbox_bytes": (0, 1 << 40),
     "replay_retention_s": (60, 2_592_000),
-    "queue_max": (1, 1_000_000),
+    "queue_max": (40, 1_000_000),
     "deadline_ms": (50, 60_000),
     "redis_timeout_ms": (10, 10_000),
     "receive_timeout_ms": (100, 60_000),
