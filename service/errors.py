@@ -18,6 +18,10 @@ class RedisFull(Fault):
     """Redis refused a script before its first line, because its memory limit is reached."""
 
 
+class RedisDiskFull(RedisUnreachable):
+    """Redis refused a script before its first line, because it can't write to its disk."""
+
+
 class ReplyMismatch(Fault):
     """A reply belonged to another call; the connection was dropped."""
 

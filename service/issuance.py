@@ -37,7 +37,7 @@ from service.domain import (
     Unauthorized,
     codes_in,
 )
-from service.errors import Fault, RedisFull, RedisUnreachable
+from service.errors import Fault, RedisDiskFull, RedisFull, RedisUnreachable
 from service.scripts import Answer, Counter, PeriodBounds, Plan, Reply, Routed, Scripts
 
 log = structlog.get_logger()
@@ -63,6 +63,13 @@ REFILL_RETRY_S_MAX: Final = 0.1
 BREAKER_FAILURES: Final = 3
 BREAKER_PROBE_S: Final = 0.2
 
+# Requests that wait for what the ledger knows of them while Redis is away: one look-up of a few milliseconds takes all
+# of them, and past it nobody waits.
+LEDGER_WAITERS_MAX: Final = 256
+
+# Longest wait for that look-up.  Whoever waits for two of them, after a time-out of Redis, still is in time.
+LEDGER_S: Final = 0.4
+
 T = TypeVar("T")
 
 NO_PLAN: Final = Plan(())
@@ -70,6 +77,7 @@ NO_ROUTE: Final = Route(NO_PLAN, ())
 
 LoadCatalogue = Callable[[int], Awaitable[Catalogue]]
 Lookup = Callable[[Sequence[Request]], Awaitable[Mapping[Request, Record]]]
+Replays = Callable[[int, Sequence[tuple[str, Request]]], Awaitable[Mapping[Request, Record]]]
 
 
 class Issuer:
@@ -77,7 +85,8 @@ class Issuer:
 
     ``load_catalogue(version)`` gives a catalogue of at least that version (0: the newest) and raises a Fault if it
     can't; ``lookup`` says which requests the ledger knows by key, for the time that records are being restored;
-    ``id_key`` names what ids of new vouchers are to be derived with.
+    ``replays(version, asked)`` the same for the time that Redis is away, of those whose credentials are in force in the
+    store, which is at this version or above; ``id_key`` names what ids of new vouchers are to be derived with.
     """
 
     def __init__(
@@ -85,6 +94,7 @@ class Issuer:
         scripts: Scripts,
         load_catalogue: LoadCatalogue,
         lookup: Lookup,
+        replays: Replays,
         *,
         outbox_max: int,
         outbox_bytes_max: int,
@@ -98,6 +108,7 @@ class Issuer:
         self._scripts = scripts
         self._load_catalogue = load_catalogue
         self._lookup = lookup
+        self._replays = replays
         self._outbox_max = outbox_max
         self._outbox_bytes_max = outbox_bytes_max
         self._retention_s = retention_s
@@ -119,8 +130,12 @@ class Issuer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._calling = False  # a batch is under way
         self._failures = 0
         self._probe_at = 0.0
+        self._away: list[_Waiting] = []  # whom Redis can't answer, and the ledger is asked about
+        self._asking_ledger = False
+        self._ledger_at = 0.0  # from when on it is asked again after it failed
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- what the web asks ---------------------------------------------------------------------------------------
@@ -139,16 +154,18 @@ class Issuer:
         if busy is None and (guard := self._admission.take(holder, request.quantity, now)):
             metrics.guard_refusals.labels(guard).inc()
             busy = OVERLOADED
-        if busy is not None:
+        if busy is not None and busy is not UNREACHABLE:
             answered(busy)
             return
-        self._queue.append(
-            _Waiting(
-                request, NO_PLAN, credential=credential, holder=holder, answered=answered,
-                deadline=now + self._deadline_s,
-            )
-        )  # fmt: skip
+        waiting = _Waiting(
+            request, NO_PLAN, credential=credential, holder=holder, answered=answered, deadline=now + self._deadline_s
+        )
         self._expect_answer()
+        if busy is None:
+            self._queue.append(waiting)
+            self._work_to_do.set()
+        else:
+            self._ask_ledger([waiting])
 
     async def issue(self, credential: str, request: Request) -> Outcome:
         """The outcome of one request, as ``submit`` tells it."""
@@ -170,6 +187,7 @@ class Issuer:
         said: asyncio.Future[T | Busy] = asyncio.get_running_loop().create_future()
         self._checks.append(_Check(judge, partial(_resolve, said), now + self._deadline_s))
         self._expect_answer()
+        self._work_to_do.set()
         return await said
 
     @property
@@ -211,6 +229,7 @@ class Issuer:
             if not self._queue:
                 self._work_to_do.clear()
             self._admission.began(self._clock())
+            self._calling = True
             try:
                 await self._serve(checks, batch)
             except Exception:  # the boundary of the loop: one defect must not end the service
@@ -218,6 +237,7 @@ class Issuer:
                 self._answer_all(checks, UNREACHABLE)
                 self._answer_all(batch, UNREACHABLE)
             finally:
+                self._calling = False
                 self._admission.ended(self._clock())
 
     # --- call ----------------------------------------------------------------------------------------------------
@@ -236,8 +256,8 @@ class Issuer:
                 refused += [(check, check.judge(catalogue)) for check in checks]
                 try:
                     reply = await self._call(catalogue, routed)
-                except RedisFull:
-                    await self._replay_only(catalogue, routed, refused)
+                except (RedisFull, RedisDiskFull) as full:
+                    await self._replay_only(catalogue, routed, refused, full)
                     return
                 self._failures = 0
                 metrics.batch_replies.labels(reply.status).inc()
@@ -256,7 +276,13 @@ class Issuer:
                 self._failed(fault)
                 break
         self._answer_all(checks, UNREACHABLE)
-        self._answer_all(batch, UNREACHABLE)
+        if self._failures >= BREAKER_FAILURES:  # nor need those wait that are in the queue
+            self._answer_all(self._checks, UNREACHABLE)
+            self._checks.clear()
+            while self._queue:
+                batch.append(self._queue.popleft())
+                self._admission.leave(batch[-1].holder, batch[-1].request.quantity)
+        self._ask_ledger(batch)
 
     def _route(
         self, catalogue: Catalogue, batch: Iterable[_Waiting]
@@ -316,20 +342,67 @@ class Issuer:
         return self.catalogue or catalogue
 
     async def _replay_only(
-        self, catalogue: Catalogue, routed: Sequence[_Waiting], refused: Sequence[tuple[_Asking, object]]
+        self,
+        catalogue: Catalogue,
+        routed: Sequence[_Waiting],
+        refused: Sequence[tuple[_Asking, object]],
+        full: RedisFull | RedisDiskFull,
     ) -> None:
-        """Redis is full: what was issued is answered, nothing new is."""
+        """Redis takes no writes, as it said before it began: what was issued is answered, nothing new is."""
+        guard, missed = ("memory", OVERLOADED) if isinstance(full, RedisFull) else ("disk", UNREACHABLE)
         reply = await self._scripts.replay(
             [waiting.request for waiting in routed], generation=self._generation, version=catalogue.version
         )
+        self._failures = 0
         if reply.status == "OK":
             self._answer_refused(refused)
             metrics.replays.inc(sum(answer.status == "REPLAY" for answer in reply.answers))
+            metrics.guard_refusals.labels(guard).inc(sum(answer.status == "MISS" for answer in reply.answers))
             for waiting, answer in zip(routed, reply.answers, strict=True):
-                self._answer(waiting, OVERLOADED if answer.status == "MISS" else _settled(answer))
+                self._answer(waiting, missed if answer.status == "MISS" else _settled(answer))
         else:
             self._answer_all(routed, UNREACHABLE)
             self._answer_all([asking for asking, _ in refused], UNREACHABLE)
+
+    def _ask_ledger(self, batch: Iterable[_Waiting]) -> None:
+        """Redis can't be asked: what the ledger knows is answered, and everybody else told that it is away."""
+        closed = self._clock() < self._ledger_at
+        for waiting in batch:
+            if closed or len(self._away) >= LEDGER_WAITERS_MAX:
+                self._answer(waiting, UNREACHABLE)
+            elif not waiting.done:
+                self._away.append(waiting)
+        if self._away and not self._asking_ledger:
+            self._asking_ledger = True
+            self._spawn(self._answer_from_ledger())
+
+    async def _answer_from_ledger(self) -> None:
+        try:
+            while self._away:
+                asked, self._away = self._away, []
+                try:
+                    version = -1 if self.catalogue is None else self.catalogue.version
+                    async with asyncio.timeout(LEDGER_S):
+                        known = await self._replays(version, [(one.credential, one.request) for one in asked])
+                except Exception as error:  # noqa: BLE001 - the boundary of a task: nobody else would answer these
+                    failed = log.warning if isinstance(error, (Fault, TimeoutError)) else log.exception
+                    failed("ledger look-up failed", fault=type(error).__name__)
+                    self._ledger_at = self._clock() + BREAKER_PROBE_S
+                    self._answer_all((*asked, *self._away), UNREACHABLE)
+                    self._away.clear()
+                else:
+                    self._answer_known(asked, known)
+        finally:
+            self._asking_ledger = False
+
+    def _answer_known(self, asked: Iterable[_Waiting], known: Mapping[Request, Record]) -> None:
+        oldest = self._unix_clock() - self._retention_s  # what is older is forgotten, here as in Redis
+        for waiting in asked:
+            record = known.get(waiting.request)
+            if record is None or record.issued_at <= oldest:
+                self._answer(waiting, UNREACHABLE)
+            else:
+                self._answer_by(waiting, record)
 
     # --- answer --------------------------------------------------------------------------------------------------
 
@@ -381,17 +454,22 @@ class Issuer:
                 if record is None:
                     waiting.looked_up_in = generation
                     self._queue_again([waiting])
-                elif record.payload == waiting.request.payload:
-                    metrics.replays.inc()
-                    self._answer(waiting, Issued(record.pack(), replayed=True))
                 else:
-                    self._answer(waiting, KEY_REUSED)
+                    self._answer_by(waiting, record)
         except Fault as fault:
             log.warning("ledger look-up failed", fault=str(fault))
             self._answer_all(unknown, UNREACHABLE)
         except Exception:  # the boundary of a task: nobody else would answer these
             log.exception("ledger look-up failed")
             self._answer_all(unknown, UNREACHABLE)
+
+    def _answer_by(self, waiting: _Waiting, record: Record) -> None:
+        """The request is repeated: ``record`` is in the ledger under its key."""
+        if record.payload == waiting.request.payload:
+            metrics.replays.inc()
+            self._answer(waiting, Issued(record.pack(), replayed=True))
+        else:
+            self._answer(waiting, KEY_REUSED)
 
     def _await_refill(self, waiting: _Waiting, pool: str) -> None:
         """The window is short: ask again when the worker had time to refill it (P4: this is no 409)."""
@@ -444,13 +522,12 @@ class Issuer:
     def _expect_answer(self) -> None:
         self._waiting += 1
         self._idle.clear()
-        self._work_to_do.set()
 
     def _busy(self, now: float) -> Busy | None:
         if self._draining:
             return DRAINING
         if self._failures >= BREAKER_FAILURES:
-            if now < self._probe_at:
+            if now < self._probe_at or self._calling or self._queue or self._checks:
                 return UNREACHABLE
             self._probe_at = now + BREAKER_PROBE_S
         return None

@@ -30,7 +30,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service import keys
 from service.domain import RECORD_SEPARATOR, CapHolder, Code, RateLimit, Request
-from service.errors import Misconfigured, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
+from service.errors import Misconfigured, RedisDiskFull, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
     "issue", "replay", "restock", "stock", "exhausted", "withdraw", "publish", "open", "restore", "flushed", "distrust",
@@ -197,7 +197,8 @@ class Scripts:
     """The scripts of one partition.
 
     Each function raises RedisUnreachable if the server did not answer (what was sent may have been executed),
-    RedisFull if a writing script was refused before its first line, ScriptFailed if our own code or data is wrong.
+    RedisFull or RedisDiskFull if a writing script was refused before its first line, ScriptFailed if our own code or
+    data is wrong.
     """
 
     def __init__(self, redis: Redis, partition: int = 0) -> None:
@@ -558,12 +559,13 @@ def _fault(error: RedisError, name: str = "") -> Exception:
         return RedisUnreachable()
     if isinstance(error, ResponseError):
         word = str(error).split(" ", 1)[0]
+        if word == "MISCONF":
+            return RedisDiskFull()
         if word in (
             "BUSY",
             "LOADING",
             "READONLY",
             "MASTERDOWN",
-            "MISCONF",
             "NOREPLICAS",
             "CLUSTERDOWN",
             "TRYAGAIN",

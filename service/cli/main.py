@@ -16,7 +16,15 @@ import typer
 
 from service.cli.console import complain
 from service.cli.lazy import LazyGroup, Listed
-from service.errors import Fault, RedisFull, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
+from service.errors import (
+    Fault,
+    RedisDiskFull,
+    RedisFull,
+    RedisUnreachable,
+    ScriptFailed,
+    StoreIsOlder,
+    StoreUnreachable,
+)
 from service.garbage import collect_rarely
 
 # The order is that of `voucherd --help`.
@@ -74,6 +82,7 @@ COMMANDS: Final = {
 ADVICE: Final[dict[type[Fault], str]] = {
     RedisUnreachable: "see that Redis runs, and that VOUCHERD_REDIS_URL or --data-dir names it",
     RedisFull: "give Redis more memory",
+    RedisDiskFull: "give Redis' disk more room, or look why it can't be written to",
     StoreUnreachable: "see that the store runs, and that VOUCHERD_STORE_URL or --data-dir names it; "
     "then look whether the change was made before you repeat it",
     StoreIsOlder: "nothing was changed; bring back the newest store, or repair this one: `voucherd recover-store`",

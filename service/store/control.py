@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Select, insert, or_, select, update
@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.catalogue import Campaign, Cap, Client, Pool, Product, SigningKey, Snapshot
 from service.domain import BURST_MIN, BURST_S_MAX, RATE_MAX, RateLimit, Terms
 from service.errors import Conflict, NotFound
+from service.store.database import chunks
 from service.store.schema import (
     assignments,
     audit_log,
@@ -34,6 +35,7 @@ from service.store.schema import (
     products,
     signing_keys,
 )
+from service.tokens import digest
 
 ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NAME_CHARACTERS_MAX: Final = 200  # the column's width
@@ -299,6 +301,38 @@ async def saved_snapshot(connection: AsyncConnection, version: int) -> bytes | N
         select(catalogue_versions.c.snapshot).where(catalogue_versions.c.version == version)
     )
     return None if found is None else bytes(found)
+
+
+async def owners(connection: AsyncConnection, shown: Iterable[str]) -> dict[str, str]:
+    """Of the credentials ``shown``, as ``Catalogue.distributor`` takes them, those in force: whose each is, if that
+    distributor is active."""
+    tokens: dict[str, str] = {}
+    wanted: dict[str, list[tuple[str, str]]] = defaultdict(list)  # client -> signing key, credential
+    for credential in shown:
+        kid, colon, client = credential.partition(":")
+        if colon:
+            wanted[client].append((kid, credential))
+        else:
+            tokens[digest(credential)] = credential
+    found: dict[str, str] = {}
+    active = distributors.c.active.is_(True)
+    for some in chunks(list(tokens)):
+        valid = (
+            select(credentials.c.token_sha256, credentials.c.distributor)
+            .join(distributors)
+            .where(credentials.c.token_sha256.in_(some), credentials.c.revoked_at.is_(None), active)
+        )
+        found.update({tokens[token]: owner for token, owner in await connection.execute(valid)})
+    kids = set(await connection.scalars(select(signing_keys.c.kid))) if wanted else set()
+    for some in chunks(list(wanted)):
+        asking = (
+            select(clients.c.id, clients.c.distributor)
+            .join(distributors)
+            .where(clients.c.id.in_(some), clients.c.active.is_(True), active)
+        )
+        for client, owner in await connection.execute(asking):
+            found.update({credential: owner for kid, credential in wanted[client] if kid in kids})
+    return found
 
 
 # --- rules ---------------------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import structlog
 
 from service import keyring
-from service.domain import Record, Request
 from service.errors import StoreUnreachable
 from service.issuance import Issuer
 from service.keyring import Keyring
@@ -21,7 +20,7 @@ from service.line import connect
 from service.logs import where
 from service.scripts import Scripts
 from service.settings import Settings
-from service.store import ledger
+from service.store.answers import Answers
 from service.store.database import Database, check_migrated
 from service.web.access import AccessTokens
 from service.web.app import App
@@ -53,26 +52,16 @@ async def build(settings: Settings) -> AsyncIterator[App]:
         except StoreUnreachable as fault:
             structlog.get_logger(__name__).warning("store_unreachable", **where(fault))
 
-        async def lookup(requests: Sequence[Request]) -> dict[Request, Record]:
-            keys: dict[tuple[str, str], list[str]] = {}
-            for request in requests:
-                keys.setdefault((request.api, request.client), []).append(request.key)
-            async with database.read() as connection:
-                known = {
-                    (api, client): await ledger.lookup(connection, api, client, wanted)
-                    for (api, client), wanted in keys.items()
-                }
-            found = ((request, known[request.api, request.client].get(request.key)) for request in requests)
-            return {request: record for request, record in found if record is not None}
-
         def in_use() -> int:
             return -1 if issuer.catalogue is None else issuer.catalogue.version
 
+        answers = Answers(database)
         preload = Preload(database, Scripts(redis), lambda catalogue: issuer.adopt(catalogue), in_use)
         issuer = Issuer(
             Scripts(redis),
             preload.load,
-            lookup,
+            answers.known,
+            answers.replays,
             outbox_max=settings.outbox_max,
             outbox_bytes_max=settings.outbox_bytes_max,
             retention_s=settings.replay_retention_s,

@@ -30,6 +30,7 @@ from service.errors import Conflict, Fault, ScriptFailed, StoreIsOlder
 from service.issuance import Issuer
 from service.scripts import Scripts
 from service.store import campaigns, control, ledger, stock
+from service.store.answers import Answers
 from service.store.database import Database
 from service.store.schema import distributors
 from service.tokens import digest
@@ -370,9 +371,9 @@ class World:
             lambda: -1 if issuer.catalogue is None else issuer.catalogue.version,
         )  # fmt: skip
         issuer = Issuer(
-            scripts, preload.load, lookup, outbox_max=self.outbox_max, outbox_bytes_max=self.outbox_bytes_max,
-            retention_s=self.retention_s, queue_max=64, deadline_s=DEADLINE_S,
-            clock=self.loop.time, unix_clock=self.scheduler.unix,
+            scripts, preload.load, lookup, Answers(database).replays,
+            outbox_max=self.outbox_max, outbox_bytes_max=self.outbox_bytes_max, retention_s=self.retention_s,
+            queue_max=64, deadline_s=DEADLINE_S, clock=self.loop.time, unix_clock=self.scheduler.unix,
         )  # fmt: skip
 
         async def begin() -> None:

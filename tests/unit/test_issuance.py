@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
-from service import metrics
+from service import issuance, metrics
 from service.catalogue import Campaign, Catalogue, Pool, Snapshot, encode, load
 from service.domain import (
     Authenticated,
@@ -27,8 +28,8 @@ from service.domain import (
     Unavailable,
     codes_in,
 )
-from service.errors import RedisFull, RedisUnreachable, ReplyMismatch, StoreUnreachable
-from service.issuance import BATCH_VOUCHERS_MAX, BREAKER_FAILURES, Issuer
+from service.errors import RedisDiskFull, RedisFull, RedisUnreachable, ReplyMismatch, StoreUnreachable
+from service.issuance import BATCH_VOUCHERS_MAX, BREAKER_FAILURES, LEDGER_WAITERS_MAX, Issuer
 from service.scripts import Answer, Reply
 from service.tokens import digest, new_token
 
@@ -101,6 +102,25 @@ class Script:
         return Reply("OK", generation, NOW, 0, answers, ("P",))
 
 
+class Ledger:
+    """Stands in for what the store knows: the records of some requests, or a fault."""
+
+    def __init__(self, *known: Request, fault: Exception | None = None) -> None:
+        self.known = known
+        self.fault = fault
+        self.asked: list[tuple[int, list[tuple[str, Request]]]] = []
+        self.hold: asyncio.Event | None = None
+
+    async def __call__(self, version: int, asked: Sequence[tuple[str, Request]]) -> dict[Request, Record]:
+        self.asked.append((version, list(asked)))
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.fault is not None:
+            raise self.fault
+        keys = {one.key: one for one in self.known}
+        return {one: record(keys[one.key]) for _, one in asked if one.key in keys}
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -110,7 +130,7 @@ class Clock:
 
 
 def issuer(script: Script, *, load: Callable[[int], Catalogue] | None = None, known: Sequence[Request] | Exception = (),
-           **changes: Any) -> Issuer:  # fmt: skip
+           ledger: Ledger | None = None, **changes: Any) -> Issuer:  # fmt: skip
     async def load_catalogue(version: int) -> Catalogue:
         return load(version) if load else catalogue(max(1, version))
 
@@ -122,7 +142,8 @@ def issuer(script: Script, *, load: Callable[[int], Catalogue] | None = None, kn
     options: dict[str, Any] = {
         "outbox_max": 1_000, "outbox_bytes_max": 10**6, "retention_s": 60, "queue_max": 2_048, "deadline_s": 2.0,
     }  # fmt: skip
-    made = Issuer(script, load_catalogue, lookup, **{**options, **changes})  # type: ignore[arg-type]
+    replays = ledger or Ledger()
+    made = Issuer(script, load_catalogue, lookup, replays, **{**options, **changes})  # type: ignore[arg-type]
     made.start()
     return made
 
@@ -350,6 +371,114 @@ async def test_a_limit_is_that_of_the_catalogue_in_force_and_its_refusal_says_wh
     service = issuer(script)
     await service.issue(TOKEN, request())
     assert script.limits == [None], "limited without a limit"
+    await service.drain()
+
+
+async def _opened(script: Script, service: Issuer) -> None:
+    """Enough failed for the breaker to be open; ``script`` is told to fail."""
+    for number in range(BREAKER_FAILURES):
+        assert await service.issue(TOKEN, request(f"fails-{number}")) == Busy("store_unreachable")
+    assert len(script.batches) >= BREAKER_FAILURES
+
+
+async def test_with_redis_away_replays_come_from_the_ledger_and_nothing_new_does() -> None:
+    script, ledger = Script(RedisUnreachable()), Ledger(request("old"))
+    service = issuer(script, ledger=ledger, clock=Clock(), unix_clock=lambda: NOW)
+    for opened in (False, True):
+        if opened:
+            await _opened(script, service)
+        calls = len(script.batches)
+        assert await service.issue(TOKEN, request("old")) == Issued(record(request("old")).pack(), replayed=True)
+        assert await service.issue(TOKEN, request("old", terminal="T2")) == KeyReused()
+        assert await service.issue(TOKEN, request("new")) == Busy("store_unreachable")
+        assert (len(script.batches) == calls) == opened, "the open breaker let a request through"
+    version, [(credential, asked)] = ledger.asked[-1]
+    assert (version, credential, asked) == (1, TOKEN, request("new")), "the credential was not shown to the store"
+    await service.drain()
+
+
+async def test_what_is_past_its_retention_does_not_come_from_the_ledger() -> None:
+    service = issuer(Script(RedisUnreachable()), ledger=Ledger(request("old")), unix_clock=lambda: NOW + 60)
+    assert await service.issue(TOKEN, request("old")) == Busy("store_unreachable")
+    await service.drain()
+
+
+@pytest.mark.parametrize("fault", [StoreUnreachable(), ZeroDivisionError()])
+async def test_with_redis_and_the_store_away_the_answer_takes_less_than_five_milliseconds(fault: Exception) -> None:
+    script, ledger = Script(RedisUnreachable()), Ledger(fault=fault)
+    service = issuer(script, ledger=ledger)
+    await _opened(script, service)
+    took = []
+    for number in range(200):
+        began = time.perf_counter()
+        assert await service.issue(TOKEN, request(f"k{number}")) == Busy("store_unreachable")
+        took.append(time.perf_counter() - began)
+    assert sorted(took)[100] < 0.005, "the median: this machine may stand still for longer than that"
+    assert len(ledger.asked) < BREAKER_FAILURES + 20, "a store that failed is asked again for every request"
+    await service.drain()
+
+
+async def test_a_ledger_that_hangs_keeps_few_waiting_and_none_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(issuance, "LEDGER_S", 2.0)  # longer than this machine may stand still below
+    script, ledger = Script(RedisUnreachable()), Ledger()
+    service = issuer(script, ledger=ledger)
+    await _opened(script, service)
+    ledger.hold = asyncio.Event()
+    first = asyncio.create_task(service.issue(TOKEN, request("first")))
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(service.issue(TOKEN, request(f"k{number}"))) for number in range(1_000)]
+    await asyncio.sleep(0.01)
+    assert sum(not one.done() for one in others) == LEDGER_WAITERS_MAX
+    assert {*await asyncio.wait_for(asyncio.gather(first, *others), 10)} == {Busy("store_unreachable")}
+    assert len(ledger.asked) == BREAKER_FAILURES + 1, "those who waited were kept waiting for another look-up"
+    await service.drain()
+
+
+async def test_one_probe_at_a_time_and_the_queue_is_told_when_the_breaker_opens() -> None:
+    clock, script = Clock(), Script(RedisUnreachable())
+    service = issuer(script, clock=clock)
+    for _ in range(BREAKER_FAILURES - 1):
+        await service.issue(TOKEN, request())
+    script.hold = asyncio.Event()
+    last = asyncio.create_task(service.issue(TOKEN, request("last")))
+    await asyncio.sleep(0.01)
+    queued = [asyncio.create_task(service.issue(TOKEN, request(f"q{number}"))) for number in range(5)]
+    checking = asyncio.create_task(service.authenticate(TOKEN))
+    await asyncio.sleep(0.01)
+    calls = len(script.batches)
+    script.hold.set()
+    assert {*await asyncio.gather(last, checking, *queued)} == {Busy("store_unreachable")}
+    assert len(script.batches) == calls, "those in the queue waited for a call of their own"
+
+    clock.now += 1
+    script.hold, script.says = asyncio.Event(), ["ISSUED"]
+    probe = asyncio.create_task(service.issue(TOKEN, request("probe")))
+    await asyncio.sleep(0.01)
+    clock.now += 1
+    assert await service.issue(TOKEN, request("second")) == Busy("store_unreachable")
+    assert await service.authenticate(TOKEN) == Busy("store_unreachable")
+    script.hold.set()
+    assert isinstance(await probe, Issued)
+    assert isinstance(await service.issue(TOKEN, request("after")), Issued)
+    await service.drain()
+
+
+@pytest.mark.parametrize(
+    ("full", "missed"), [(RedisFull(), Busy("overloaded")), (RedisDiskFull(), Busy("store_unreachable"))]
+)
+async def test_a_redis_that_takes_no_writes_is_asked_for_replays_and_not_called_away(
+    full: Exception, missed: Busy
+) -> None:
+    clock, ledger = Clock(), Ledger(request("old"))
+    script = Script(*[RedisUnreachable()] * BREAKER_FAILURES, *[full, "MISS", full, "REPLAY"] * BREAKER_FAILURES)
+    service = issuer(script, ledger=ledger, clock=clock)
+    await _opened(script, service)
+    clock.now += 1
+    asked = len(ledger.asked)
+    for number in range(BREAKER_FAILURES):
+        assert await service.issue(TOKEN, request(f"new-{number}")) == missed
+        assert isinstance(await service.issue(TOKEN, request("old")), Issued)
+    assert len(ledger.asked) == asked, "the ledger was asked although Redis answers"
     await service.drain()
 
 
