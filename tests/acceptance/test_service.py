@@ -147,6 +147,58 @@ async def test_nothing_is_issued_after_a_revocation_or_pause_has_returned(servic
     await service.audit()
 
 
+async def test_a_limit_holds_over_all_processes_from_when_the_command_returns(service: Service, tmp_path: Path) -> None:
+    await service.furnish(600)
+    async with service.client() as client:
+        assert (await service.voucher(client, "before")).status_code == 200
+        service.succeed("distributor", "limit", service.distributor, "40", "--burst", "60")
+        began = time.monotonic()
+        answers = await asyncio.gather(*(service.voucher(client, f"k-{number}") for number in range(300)))
+        allowed = 60 + 40 * (time.monotonic() - began)
+        statuses = Counter(answer.status_code for answer in answers)
+        assert statuses.keys() == {200, 429}
+        assert 60 <= statuses[200] <= allowed
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert (refused.json()["code"], refused.json()["retryable"]) == ("rate_limited", True)
+        assert refused.headers["ratelimit-policy"] == '"vouchers";q=60;w=2'
+        assert refused.headers["ratelimit"] == '"vouchers";r=0;t=1'
+        assert refused.headers["retry-after"] == "1"
+        assert (await service.voucher(client, "before")).headers["idempotent-replayed"] == "true", "a replay is exempt"
+        service.succeed("distributor", "limit", service.distributor, "none")
+        later = await asyncio.gather(*(service.voucher(client, f"k-{number}") for number in range(300)))
+        assert {answer.status_code for answer in later} == {200}, "the same keys, and nothing is in the way any more"
+    await service.audit()
+
+
+async def test_with_redis_away_replays_are_answered_and_nothing_is_issued(service: Service, tmp_path: Path) -> None:
+    await service.furnish(50)
+    async with service.client() as client:
+        first = await service.voucher(client, "old")
+        service.quiet()
+        service.valkey.kill()
+        try:
+
+            async def replayed() -> bool:
+                again = await service.ask(client, "old")
+                assert again.status_code in (200, 503)
+                return again.status_code == 200 and again.content == first.content
+
+            deadline = time.monotonic() + 10
+            while not await replayed():
+                assert time.monotonic() < deadline, "no replay although the ledger has it"
+            for number in range(20):
+                new = await service.ask(client, f"new-{number}")
+                assert (new.status_code, new.json()["code"]) == (503, "store_unreachable")
+            assert (await service.ask(client, "old", token=tokens.new_token())).status_code == 503
+            async with service.control_plane() as (database, _), database.write() as conn:
+                await control.revoke_credentials(conn, distributor=service.distributor, now=int(time.time()))
+            assert (await service.ask(client, "old")).status_code == 503, "the store has it revoked"
+        finally:
+            service.valkey.start()
+    service.quiet()
+    await service.audit()
+
+
 async def test_a_distributor_assigned_under_load_works_at_once_on_every_process(
     service: Service, tmp_path: Path
 ) -> None:
