@@ -70,6 +70,11 @@ class Campaign(msgspec.Struct, frozen=True, array_like=True):
         return self.priority, self.until or _NEVER, self.id
 
 
+def can_issue(campaign: Campaign, now: int) -> bool:
+    """Whether anything can be issued by it now or later, as it stands: it is neither paused nor over."""
+    return not campaign.paused and (not campaign.until or campaign.until > now)
+
+
 class Pool(msgspec.Struct, frozen=True, array_like=True):
     """``least_life_s``: a code with less life left than this is set aside."""
 

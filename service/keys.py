@@ -49,7 +49,7 @@ def totals(partition: int, generation: int) -> str:
 
 
 def outbox(partition: int, generation: int) -> str:
-    """Stream: issuances and set-asides that are not yet in the ledger."""
+    """Stream: issuances, and codes that left a window otherwise, that are not yet in the ledger."""
     return f"{tag(partition)}:{generation}:outbox"
 
 

@@ -68,7 +68,8 @@ script_faults = Counter("voucherd_script_faults", "Script calls without an answe
 
 flushed = Counter("voucherd_flushed_codes", "Issued codes written to the ledger")
 set_aside = Counter(
-    "voucherd_set_aside_codes", "Codes that left a window other than by issue: too little life, or withdrawn"
+    "voucherd_set_aside_codes",
+    "Codes that left a window other than by issue: little life, withdrawn, taken back",
 )
 parked = Counter("voucherd_parked_entries", "Malformed outbox entries put aside; should stay 0")
 incidents = Counter("voucherd_incidents", "Incidents raised, also of codes that a roll left; should stay 0", ["kind"])

@@ -33,8 +33,8 @@ from service.domain import RECORD_SEPARATOR, CapHolder, Code, RateLimit, Request
 from service.errors import Misconfigured, RedisDiskFull, RedisFull, RedisUnreachable, ReplyMismatch, ScriptFailed
 
 NAMES: Final = (
-    "issue", "replay", "restock", "stock", "exhausted", "withdraw", "publish", "open", "restore", "flushed", "distrust",
-    "forget", "books", "rights",
+    "issue", "replay", "restock", "stock", "exhausted", "withdraw", "take_back", "publish", "open", "restore",
+    "flushed", "distrust", "forget", "books", "rights",
 )  # fmt: skip
 
 # Codes set aside by one call: enough that an expired lot of a full window is stepped over within a few hundred
@@ -370,7 +370,11 @@ class Scripts:
         """Runs ``lua/exhausted.lua``: notes that at this version nothing was left to lease after this lease."""
         raw = await self._call(
             "exhausted",
-            [self._generation, keys.pool(self.partition, generation, pool)],
+            [
+                self._generation,
+                keys.pool(self.partition, generation, pool),
+                keys.outbox(self.partition, generation),
+            ],
             [generation, stock_version, last_lease],
         )
         status: Literal["OK", "CHANGED", "LOST"] = raw[0]
@@ -391,6 +395,25 @@ class Scripts:
             [generation, *(code.pack() for code in codes)],
         )
         return None if raw[0] == "LOST" else [flag == 1 for flag in raw[1:]]
+
+    async def take_back(
+        self, pool: str, codes: int, *, generation: int, outbox_max: int
+    ) -> list[Code] | Literal["BACKLOG", "LOST"]:
+        """Runs ``lua/take_back.lua``: the codes returned, at most ``codes``, are in the pool's window no more and on
+        their way to the store.  None if the window is empty; nothing was taken if a word is returned."""
+        p = self.partition
+        raw = await self._call(
+            "take_back",
+            [
+                self._generation,
+                keys.totals(p, generation),
+                keys.window(p, generation, pool),
+                keys.outbox(p, generation),
+                keys.pool(p, generation, pool),
+            ],
+            [generation, codes, outbox_max],
+        )
+        return [Code.unpack(text) for text in raw[1:]] if raw[0] == "OK" else raw[0]
 
     async def publish(self, version: int) -> Literal["OK", "LOST"]:
         """Runs ``lua/publish.lua``: afterwards no script of this partition accepts a catalogue below ``version``."""

@@ -27,7 +27,8 @@ RECORD_BYTES: Final = 512
 # Every command that a script uses: a right that is missing half-way through a script destroys a code.
 COMMANDS: Final = (
     "exists", "expireat", "get", "hdel", "hget", "hincrby", "hmget", "hset", "info", "llen", "lpop", "lpos", "lrange",
-    "lrem", "mget", "rpush", "set", "time", "unlink", "xack", "xadd", "xdel", "xlen", "zadd", "zcard",
+    "lrem", "mget", "rpush", "set", "time", "unlink", "xack", "xadd", "xdel", "xlen", "xrange", "zadd",
+    "zcard",
 )  # fmt: skip
 
 # Pools of connections to the store besides those of the serving processes: the worker's two and a command's.

@@ -105,6 +105,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
         doors.stock("P", 7, generation=1),
         doors.exhausted("P", 7, bench.last_lease("P"), generation=1),
         doors.withdraw("P", [codes[0], Code.unpack(in_window), codes[1]], generation=1),
+        doors.take_back("P", 2, generation=1, outbox_max=1_000),
         doors.publish(7),
         doors.open(seen, 2, version=7, restoring=True),
         doors.restore(

@@ -760,6 +760,44 @@ class ScriptCases:
         assert await bench.scripts.withdraw("P", window, generation=2) is None
         assert await bench.contents() == before
 
+    # --- take_back --------------------------------------------------------------------------------------------------
+
+    async def test_codes_taken_back_leave_the_window_by_the_outbox_once(self, bench: Bench) -> None:
+        await bench.restock(count=5)
+        window = await bench.redis.lrange(keys.window(0, 1, "P"), 0, -1)
+        taken = await bench.scripts.take_back("P", 3, generation=1, outbox_max=100)
+        assert [code.pack() for code in taken if isinstance(code, Code)] == window[:3]
+        [(_, fields)] = await bench.outbox()
+        assert (fields["why"], fields["issued"], fields["codes"]) == ("taken_back", "", "3")
+        assert parse_separated(fields["asides"]) == window[:3]
+        rest = await bench.scripts.take_back("P", 3, generation=1, outbox_max=100)
+        assert [code.pack() for code in rest if isinstance(code, Code)] == window[3:]
+        before = await bench.contents()
+        assert await bench.scripts.take_back("P", 3, generation=1, outbox_max=100) == []
+        assert await bench.contents() == before
+        books = await bench.scripts.books(["P"], generation=1)
+        assert books is not None
+        assert (books.restocked, books.taken_back, books.codes, books.windows["P"].length) == (5, 5, 5, 0)
+
+    async def test_the_outbox_bound_holds_for_what_is_taken_back(self, bench: Bench) -> None:
+        await bench.restock(count=5)
+        taken = await bench.scripts.take_back("P", 5, generation=1, outbox_max=2)
+        assert len(taken) == 2
+        before = await bench.contents()
+        assert await bench.scripts.take_back("P", 5, generation=1, outbox_max=2) == "BACKLOG"
+        assert await bench.scripts.take_back("P", 5, generation=2, outbox_max=100) == "LOST"
+        assert await bench.contents() == before
+
+    async def test_a_pool_is_not_exhausted_while_its_codes_are_on_their_way_back_to_stock(self, bench: Bench) -> None:
+        await bench.restock(count=3)
+        assert await bench.scripts.exhausted("P", 1, bench.last_lease(), generation=1) == "OK"
+        await bench.scripts.take_back("P", 3, generation=1, outbox_max=100)
+        assert await bench.words(Routed(request("a"), plan())) == ["REFILL"]
+        assert await bench.scripts.exhausted("P", 1, bench.last_lease(), generation=1) == "CHANGED"
+        await bench.redis.xgroup_create(keys.outbox(0, 1), "ledger", "0")
+        await bench.scripts.flushed("ledger", await bench.waiting(), generation=1, seq=1)
+        assert await bench.scripts.exhausted("P", 1, bench.last_lease(), generation=1) == "OK"
+
     # --- flushed, books ---------------------------------------------------------------------------------------------
 
     async def test_flushed_counts_only_what_was_still_there(self, bench: Bench) -> None:

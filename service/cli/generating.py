@@ -128,7 +128,8 @@ def count(
 
     Each code is in one place, so the columns add up to what was imported. Out
     are those in a window of Redis, and those that were issued and are not in
-    the ledger yet. Counts the ledger: with many millions of vouchers it takes
+    the ledger yet. Taken back were those that left a window for stock: there
+    they are once more. Counts the ledger: with many millions of vouchers it takes
     some seconds.
     """
 
@@ -137,7 +138,8 @@ def count(
             return await whereabouts.by_lot(conn, pool)
 
     found = asyncio.run(run())
-    names = [*_COUNTED, *(["incidents"] if any(one.incidents for one in found) else [])]
+    rare = [name for name in ("taken_back", "incidents") if any(getattr(one, name) for one in found)]
+    names = [name for name in (*_COUNTED, "incidents") if name in rare or name not in ("taken_back", "incidents")]
     if as_json:
         print_json(
             [
@@ -167,8 +169,9 @@ def count(
         print_table(["pool", *map(_head, names)], rows, numbers=[*map(_head, names)])
 
 
-_SELDOM: Final = ("set_aside", "withdrawn", "quarantined")  # a lot of which none are is shown without such a column
-_COUNTED: Final = ("imported", "stored", "out", "issued", "set_aside", "withdrawn", "quarantined")
+# A lot of which none are is shown without such a column.
+_SELDOM: Final = ("set_aside", "withdrawn", "taken_back", "quarantined")
+_COUNTED: Final = ("imported", "stored", "out", "issued", "set_aside", "withdrawn", "taken_back", "quarantined")
 
 
 def _head(name: str) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from service.domain import RECORD_SEPARATOR, Code, Record, Rule
 from service.identity import IdKeys
-from service.store.schema import LITTLE_LIFE, WITHDRAWN
+from service.store.schema import LITTLE_LIFE, TAKEN_BACK, WITHDRAWN
 from service.store.stock import digest
 
 INTEGER_MAX: Final = 2**63 - 1
@@ -19,7 +19,7 @@ INTEGER_MAX: Final = 2**63 - 1
 class Entry(msgspec.Struct, frozen=True):
     """One outbox entry: issued records and set-aside codes, its codes numbered in this order by ``ordinal``.
 
-    ``why``: what its set-aside codes left the window for, LITTLE_LIFE or WITHDRAWN.
+    ``why``: what its set-aside codes left the window for, LITTLE_LIFE, WITHDRAWN or TAKEN_BACK.
     ``partition`` and ``generation`` are those of the stream that it was read from.
     """
 
@@ -166,7 +166,7 @@ def unfit(entry: Entry) -> str | None:
     """Why rows can't hold what this entry says, None if they can.  The reason never holds a code."""
     if not 0 <= entry.outbox_seq <= INTEGER_MAX:
         return "its sequence is out of range"
-    if entry.why not in (LITTLE_LIFE, WITHDRAWN):
+    if entry.why not in (LITTLE_LIFE, WITHDRAWN, TAKEN_BACK):
         return "a reason that this version does not know"
     texts: list[str] = []
     for record in entry.records:

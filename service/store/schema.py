@@ -330,6 +330,7 @@ voucher_states = Table(  # what became of vouchers after they were issued, as fa
 # Why a code left a window other than by issue.
 LITTLE_LIFE = "little_life"
 WITHDRAWN = "withdrawn"
+TAKEN_BACK = "taken_back"  # it is in stock again, at another position
 
 set_asides = Table(
     "set_asides",

@@ -9,7 +9,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store import books, register
-from service.store.schema import WITHDRAWN, incidents, issuances, set_asides
+from service.store.schema import LITTLE_LIFE, TAKEN_BACK, WITHDRAWN, incidents, issuances, set_asides
 from service.store.stock import not_in
 
 
@@ -17,7 +17,8 @@ class Whereabouts(msgspec.Struct, frozen=True):
     """Codes of one lot: ``imported`` is the sum of all others.
 
     ``stored`` can still be leased; ``out`` are in a window, or issued and on their way to the ledger; ``set_aside`` had
-    too little life left; ``withdrawn`` from stock or a window; ``incidents`` are named by one and are nowhere else.
+    too little life left; ``withdrawn`` from stock or a window; ``taken_back`` from a window, and in stock again at
+    another position, which counts as imported once more; ``incidents`` are named by one and are nowhere else.
     """
 
     pool: str
@@ -29,6 +30,7 @@ class Whereabouts(msgspec.Struct, frozen=True):
     issued: int
     set_aside: int
     withdrawn: int
+    taken_back: int
     quarantined: int
     incidents: int
 
@@ -37,8 +39,10 @@ async def by_lot(conn: AsyncConnection, pool: str | None = None) -> list[Whereab
     """The lots of one pool or of all, pools by their names and lots by their expiry.  Raises NotFound."""
     pools = await register.all_pools(conn) if pool is None else [await register.pool(conn, pool)]
     issued = await _by_lot(conn, select(issuances.c.lot, func.count()))
-    aside = await _by_lot(conn, select(set_asides.c.lot, func.count()).where(set_asides.c.why != WITHDRAWN))
-    withdrawn = await _by_lot(conn, select(set_asides.c.lot, func.count()).where(set_asides.c.why == WITHDRAWN))
+    left = {
+        why: await _by_lot(conn, select(set_asides.c.lot, func.count()).where(set_asides.c.why == why))
+        for why in (LITTLE_LIFE, WITHDRAWN, TAKEN_BACK)
+    }
     named = select(incidents.c.lot, func.count(incidents.c.seq.distinct())).where(
         incidents.c.lot.is_not(None), not_in(issuances, incidents), not_in(set_asides, incidents)
     )
@@ -47,13 +51,13 @@ async def by_lot(conn: AsyncConnection, pool: str | None = None) -> list[Whereab
     found = []
     for one in pools:
         for lot in one.lots:
-            parts = [counts.get(lot.lot, 0) for counts in (issued, aside, withdrawn, quarantined, raised)]
-            given, put_aside, taken, lost, incident = parts
+            parts = [counts.get(lot.lot, 0) for counts in (issued, *left.values(), quarantined, raised)]
+            given, put_aside, taken, back, lost, incident = parts
             out = lot.leased - sum(parts)
             found.append(
                 Whereabouts(
                     one.id, lot.lot, lot.expires_at, lot.imported, lot.stored, out, given, put_aside,
-                    lot.withdrawn + taken, lost, incident,
+                    lot.withdrawn + taken, back, lost, incident,
                 )
             )  # fmt: skip
     return found

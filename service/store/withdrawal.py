@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, Select, and_, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, exists, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code
 from service.errors import NotFound
 from service.store import stock
 from service.store.intake import LOOKUP_MAX
-from service.store.schema import codes, issuances, leases, lots, set_asides, withdrawn
+from service.store.schema import TAKEN_BACK, codes, issuances, leases, lots, set_asides, withdrawn
 from service.store.stock import lock_pool, not_in, not_withdrawn
 
 # Codes named in one transaction: it holds the pool's lock, and on SQLite the only write lock.
@@ -80,7 +80,7 @@ async def withdraw_lot(conn: AsyncConnection, pool: str, lot: int, now: int) -> 
     await _write(conn, stretches, now)
     await conn.execute(update(lots).where(lots.c.id == lot).values(leased_to=row.imported))
     leased = _positions(codes.c.pool == pool, codes.c.lot == lot, codes.c.seq < row.leased_to, not_withdrawn(codes))
-    at_large = leased.where(not_in(issuances, codes), not_in(set_asides, codes))
+    at_large = leased.where(not_in(issuances, codes), ~_aside())
     held = [_held(one) for one in await conn.execute(at_large)]
     return Withdrawn(stored=sum(seq_to - seq_from for _, seq_from, seq_to in stretches), leased=tuple(held))
 
@@ -102,13 +102,20 @@ def _positions(*where: ColumnElement[bool]) -> Select[Any]:
         select(
             codes.c.lot, codes.c.seq, codes.c.code, codes.c.serial, lots.c.expires_at, lots.c.leased_to,
             leases.c.generation, (~not_withdrawn(codes)).label("gone"),
-            (~not_in(issuances, codes)).label("issued"), (~not_in(set_asides, codes)).label("aside"),
+            (~not_in(issuances, codes)).label("issued"), _aside().label("aside"),
         )
         .join_from(codes, lots, lots.c.id == codes.c.lot)
         .outerjoin(leases, lease)
         .where(*where)
         .order_by(codes.c.lot, codes.c.seq)
     )  # fmt: skip
+
+
+def _aside() -> ColumnElement[bool]:
+    """This code left a window for good.  One that was taken back did not: it is about to be in stock again."""
+    return exists().where(
+        set_asides.c.lot == codes.c.lot, set_asides.c.seq == codes.c.seq, set_asides.c.why != TAKEN_BACK
+    )
 
 
 def _held(row: Any) -> Leased:

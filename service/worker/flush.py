@@ -19,10 +19,10 @@ from service.domain import CapHolder, Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
 from service.identity import NO_KEYS, IdKeys
 from service.scripts import Count, Scripts, counter_key, parse_separated, sequences
-from service.store import campaigns, control, ledger
+from service.store import campaigns, control, ledger, recreation, returning
 from service.store.database import Database
 from service.store.ledger import Entry
-from service.store.schema import LITTLE_LIFE
+from service.store.schema import LITTLE_LIFE, TAKEN_BACK
 from service.worker.publish import change
 
 log = structlog.get_logger()
@@ -171,6 +171,7 @@ class Flush:
             )
         if good:
             await self._restore_if_late(generation, good)
+            await self._put_back(good, now)
         gone = 0
         if taken_out:
             seq = next((entry.outbox_seq for entry in good if ledger.unfit(entry) is None), 0)
@@ -181,6 +182,25 @@ class Flush:
             metrics.incidents.labels("double_issue").inc(result.incidents)
             log.critical("codes met a wall of the ledger; their campaigns are paused", codes=result.incidents)
         return Flushed(gone, result.issued + result.set_aside, parked + result.parked, result.incidents)
+
+    async def _put_back(self, entries: Sequence[Entry], now: int) -> None:
+        """What was taken back is in stock, and Redis knows that stock was added, before the entries are gone.
+
+        Not if the store was repaired in this generation: it may have put them back before, where they are issued from
+        by now, and not know.  They stay as they are then, and nobody gets them.
+        """
+        positions = [(code.lot, code.seq) for entry in entries if entry.why == TAKEN_BACK for code in entry.asides]
+        if not positions:
+            return
+        partition, generation, _ = entries[0].position
+        async with self._database.write() as conn:
+            if await recreation.was_repaired(conn, partition, generation):
+                return
+            versions = await returning.put_back(conn, positions, now)
+        for pool, version in versions.items():
+            seen = await self._scripts.generation()
+            if seen.open:
+                await self._scripts.stock(pool, version, generation=seen.open)
 
     async def _to_ledger(self, generation: int, entries: Sequence[Entry], now: int) -> ledger.Flushed:
         """A store that came back older still takes what is flushed now, but not before Redis has a note of the gap

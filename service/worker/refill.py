@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import IntegrityError
 
 from service import keys, metrics
-from service.catalogue import Snapshot
+from service.catalogue import Snapshot, can_issue
 from service.errors import Conflict, GenerationClosed, RedisUnreachable, StoreIsOlder
 from service.scripts import Scripts, Window
 from service.store import control, generations, ledger, stock
@@ -143,7 +143,8 @@ class Refill:
 
     async def run_once(self, pools: Collection[str] | None = None) -> Refilled:
         """Brings these ``pools`` (None: all) of the catalogue above what is short, as far as stock and LEASES_MAX
-        allow; a window that is to grow gets its lease if that is due.
+        allow; a window that is to grow gets its lease if that is due.  Nothing is leased to a pool that no campaign can
+        issue from.
 
         Raises RedisUnreachable or StoreUnreachable; what was leased by then is applied by the next step.  Raises
         StoreIsOlder if the store came back older; nothing is leased then.
@@ -160,15 +161,19 @@ class Refill:
         least_life = {pool.id: pool.least_life_s for pool in self._snapshot.pools}
         known = {campaign.pool for campaign in self._snapshot.campaigns}
         asked = sorted(known if pools is None else known.intersection(pools))
+        now = self._now()
+        live = {campaign.pool for campaign in self._snapshot.campaigns if can_issue(campaign, now)}
         total = Refilled()
         for start in range(0, len(asked), POOLS_MAX):
             books = await self._scripts.books(asked[start : start + POOLS_MAX], generation=seen.open)
             if books is None:
                 break
-            total += await self._below(seen.open, books.windows, least_life)
+            total += await self._below(seen.open, books.windows, live, least_life)
         return total
 
-    async def _below(self, generation: int, windows: Mapping[str, Window], least_life_s: Mapping[str, int]) -> Refilled:
+    async def _below(
+        self, generation: int, windows: Mapping[str, Window], live: Collection[str], least_life_s: Mapping[str, int]
+    ) -> Refilled:
         """``run_once`` for these ``windows``."""
         async with self._database.read() as conn:
             versions = await stock.stock_versions(conn, list(windows))
@@ -179,6 +184,8 @@ class Refill:
             if window.stock < versions[pool]:
                 await self._scripts.stock(pool, versions[pool], generation=generation)
             wanted = self._wanted(pool, window)
+            if pool not in live:
+                wanted = _Wanted(0, wanted.low_water)  # a lease that was made is applied all the same
             if (generation, pool) in self._forked or (pool not in unapplied and window.exhausted == versions[pool]):
                 self._due.pop(pool, None)
             elif pool in unapplied or window.length < wanted.length:

@@ -111,7 +111,7 @@ async def _leave_windows(
             quarantined += sum(one.generation != seen.open for one in left)
             left = [one for one in left if one.generation == seen.open]
             done = 0
-            if left and await _all_applied(database, scripts, refill, pool, seen.open):
+            if left and await all_applied(database, scripts, refill, pool, seen.open):
                 for done in range(0, len(left), CODES_MAX):
                     some = left[done : done + CODES_MAX]
                     flags = await scripts.withdraw(pool, [one.code for one in some], generation=seen.open)
@@ -140,7 +140,7 @@ async def _became(database: Database, gone: Sequence[Leased]) -> tuple[int, int]
         await asyncio.sleep(patience.UNREACHED_POLL_S)
 
 
-async def _all_applied(database: Database, scripts: Scripts, refill: Refill, pool: str, generation: int) -> bool:
+async def all_applied(database: Database, scripts: Scripts, refill: Refill, pool: str, generation: int) -> bool:
     """Whether every lease of the pool has come to its window: what is in none of both can't be taken out."""
     for _ in range(2):
         async with database.read() as conn:

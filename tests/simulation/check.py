@@ -31,6 +31,7 @@ from service.domain import (
 )
 from service.scripts import parse_separated
 from service.store.inspection import SETTLED
+from service.store.schema import TAKEN_BACK
 from tests.simulation.memory import Data, Server, Stream
 
 Position = tuple[int, int]  # lot, seq
@@ -131,7 +132,10 @@ class Truth:
             self._count(record)
             self._fill(record, int(fields["generation"]))
         for text in parse_separated(fields["asides"]):
-            self._leaves(Code.unpack(text), "")
+            code = Code.unpack(text)
+            self._leaves(code, "")
+            if fields.get("why") == TAKEN_BACK:
+                self.given.discard(code.code)  # it may come to a window again, from a new position
 
     def _leaves(self, code: Code, text: str) -> None:
         position = (code.lot, code.seq)
@@ -395,15 +399,17 @@ class Truth:
 
     def _check_books(self, data: Data, generation: int, window: set[Position]) -> None:
         totals: Any = data.keys.get(f"{{0}}:{generation}:totals", {})
-        restocked, popped, aside, withdrawn, codes, held = (
-            int(totals.get(name, 0)) for name in ("restocked", "popped", "set_aside", "withdrawn", "codes", "bytes")
+        restocked, popped, codes, held = (
+            int(totals.get(name, 0)) for name in ("restocked", "popped", "codes", "bytes")
         )
+        aside, withdrawn, back = (int(totals.get(name, 0)) for name in ("set_aside", "withdrawn", "taken_back"))
+        left = popped + aside + withdrawn + back
         if (written := bytes_in_outbox(data, generation)) != held:
             self.broken("P5", f"{held} bytes should be in the outbox, and {written} are")
-        if restocked - popped - aside - withdrawn != len(window):
+        if restocked - left != len(window):
             self.broken(
                 "P5",
-                f"restocked {restocked}, popped {popped}, set aside {aside}, withdrawn {withdrawn}, "
+                f"restocked {restocked}, popped {popped}, set aside {aside}, withdrawn {withdrawn}, taken back {back}, "
                 f"but {len(window)} in windows",
             )
         ((here,),) = self._peek(
@@ -411,11 +417,10 @@ class Truth:
             " + (select count(*) from set_asides where generation = :g)",
             {"g": generation},
         )
-        if popped + aside + withdrawn - here != codes or codes != len(codes_in_outboxes(data)):
+        if left - here != codes or codes != len(codes_in_outboxes(data)):
             self.broken(
                 "P5",
-                f"{popped + aside + withdrawn} left the windows, {here} are in the store, "
-                f"{codes} should be in the outbox",
+                f"{left} left the windows, {here} are in the store, {codes} should be in the outbox",
             )
 
     def _check_keys(self) -> None:

@@ -36,7 +36,7 @@ from service.store.schema import distributors
 from service.tokens import digest
 from service.web.preload import Preload
 from service.worker import flush as flushing
-from service.worker import patience, publish, repair, stocking, withdrawing
+from service.worker import patience, publish, repair, stocking, taking_back, withdrawing
 from service.worker.flush import Flush
 from service.worker.publish import change, republish_once
 from service.worker.recover import Recover
@@ -233,6 +233,9 @@ class World:
         ((version,),) = self.store.peek("select version from catalogue_head")
         if int(data.get("{0}:fence", -1)) < version:
             return "the fence is behind the store"
+        live = self.store.peek(
+            "select pool from campaigns where not paused and (until = 0 or until > ?)", self.scheduler.unix()
+        )
         for pool, stock_version in self.store.peek("select id, stock_version from pools"):
             if pool not in self.truth.campaign_pools.values():
                 continue
@@ -240,7 +243,7 @@ class World:
             if int(held.get("stock", 0)) < stock_version:
                 return f"{pool}'s stock version is behind the store"
             length = len(data.get(f"{{0}}:{opened}:window:{pool}", ()))
-            if length < self.low_water and held.get("exhausted") != str(stock_version):
+            if (pool,) in live and length < self.low_water and held.get("exhausted") != str(stock_version):
                 return f"{pool} is below its low water"
         leases = self.store.peek("select id, pool from leases where generation = ? order by rowid desc", opened)
         for pool in {pool for _, pool in leases}:
@@ -439,7 +442,7 @@ class World:
         end = self.loop.time() + duration
         while self.loop.time() < end:
             await asyncio.sleep(rng.uniform(0.05, 1.0))
-            what = rng.choice(("pause", "pause", "import", "import", "token", "revoke", "caps", "withdraw"))
+            what = rng.choice(("pause", "pause", "import", "import", "token", "revoke", "caps", "withdraw", "back"))
             if what == "pause":
                 campaign = rng.choice(self.campaigns)
                 for paused in (True, False):
@@ -449,6 +452,8 @@ class World:
                 await self._command(self._import, rng.choice(self.pools))
             elif what == "withdraw":
                 await self._command(self._withdraw, rng.choice(self.pools))
+            elif what == "back":
+                await self._take_back(rng.choice(self.pools))
             elif what == "token":
                 distributor = rng.choice(DISTRIBUTORS)
                 await self._make_token(distributor, self._new_token(distributor))
@@ -567,6 +572,23 @@ class World:
         for position in {(at, seq) for at, seq, _ in chosen} - set(self.truth.left):
             self.truth.withdrawn.setdefault(position, self.scheduler.unix())
         return True
+
+    async def _take_back(self, pool: str) -> None:
+        """What issues from the pool is paused, and goes on afterwards; maybe before all is back in stock."""
+        issuing = [campaign for campaign in self.campaigns if self.truth.campaign_pools[campaign] == pool]
+        for campaign in issuing:
+            await self._set_paused(campaign, True)
+        await self._command(self._take, pool)
+        for campaign in issuing:
+            await self._set_paused(campaign, False)
+
+    async def _take(self, process: Process, pool: str) -> bool:
+        done = await taking_back.take_back(
+            self.store.door(process), self.scripts(process), self._refill(process), pool,
+            reason="over", actor="operator", outbox_max=self.outbox_max, now=self.unix,
+        )  # fmt: skip
+        self.counts["taken back"] += done.returned
+        return not done.unfinished
 
     # --- clients -------------------------------------------------------------------------------------------------
 
@@ -870,7 +892,7 @@ def _in_virtual_time(world: World) -> Iterator[None]:
     """The commands look at the clock themselves."""
     clock: Any = SimpleNamespace(time=world.scheduler.unix, monotonic=world.loop.time)
     changed: list[tuple[Any, str, Any]] = [
-        *((module, "time", clock) for module in (publish, repair, stocking, withdrawing)),
+        *((module, "time", clock) for module in (publish, repair, stocking, taking_back, withdrawing)),
         (patience, "UNREACHED_S", UNREACHED_S),
         (flushing, "CLAIM_AFTER_MS", CLAIM_AFTER_MS),
     ]

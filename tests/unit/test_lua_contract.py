@@ -18,7 +18,7 @@ FOLDER: Final = Path(__file__).parents[2] / "lua"
 
 # Every command that a script may use.  A new one is added here, and to the rights that are asked for at boot.
 READS: Final = frozenset(
-    {"EXISTS", "GET", "HGET", "HMGET", "INFO", "LLEN", "LPOS", "LRANGE", "MGET", "TIME", "XLEN", "ZCARD"}
+    {"EXISTS", "GET", "HGET", "HMGET", "INFO", "LLEN", "LPOS", "LRANGE", "MGET", "TIME", "XLEN", "XRANGE", "ZCARD"}
 )  # fmt: skip
 WRITES: Final = frozenset(
     {"EXPIREAT", "HDEL", "HINCRBY", "HSET", "LPOP", "LREM", "RPUSH", "SET", "UNLINK", "XACK", "XADD", "XDEL", "ZADD"}
