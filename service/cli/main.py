@@ -64,6 +64,10 @@ COMMANDS: Final = {
         "service.cli.recover_store:recover_store",
         "Repair a store that is older than it was (a restored backup, a promoted standby) by what Redis knows.",
     ),
+    "reconcile": Listed(
+        "service.cli.reconcile:reconcile",
+        "Hold what partners say they received against the ledger: matched, missing here, missing there, different.",
+    ),
     "distributor": Listed(
         "service.cli.distributors:app", "Distributors: the partners whose terminals ask for vouchers."
     ),

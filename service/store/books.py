@@ -151,14 +151,15 @@ def _quarantined_leases(*columns: ColumnElement[Any]) -> Select[Any]:
 
 async def quarantined_codes(conn: AsyncConnection, limit: int) -> list[QuarantinedCode]:
     """The codes that ``quarantine`` counts, at most ``limit`` of them, in the order of stock."""
-    named = _in_quarantine(
+    named = in_quarantine(
         leases.c.pool, leases.c.partition, leases.c.generation, codes.c.lot, codes.c.seq, codes.c.serial
     )
     rows = await conn.execute(named.order_by(codes.c.lot, codes.c.seq).limit(limit))
     return [QuarantinedCode(*row) for row in rows]
 
 
-def _in_quarantine(*columns: ColumnElement[Any]) -> Select[Any]:
+def in_quarantine(*columns: ColumnElement[Any]) -> Select[Any]:
+    """The codes that ``quarantine`` counts, with their ``leases`` and ``generations``."""
     raised = select(incidents.c.lot, incidents.c.seq).where(incidents.c.lot.is_not(None), incidents.c.seq.is_not(None))
     return (
         _leased_and_closed(*columns)

@@ -96,7 +96,7 @@ async def recreate(
         async with database.write() as conn:
             await generations.lock(conn, partition, exclusive=True)  # no flush writes one of them in between
             fit_and_new = await lacking(conn, fit_and_new)
-            seq = await _last_seq(conn, partition)
+            seq = await last_seq(conn, partition)
             entries = [_entry(partition, seq + n, record) for n, record in enumerate(fit_and_new, 1)]
             await write_unknown(conn, entries, now, ids)
     return len(fit_and_new), len(records) - len(fit)
@@ -106,9 +106,10 @@ def _entry(partition: int, seq: int, record: Record) -> Entry:
     return Entry(partition, RECREATED, seq, f"recreated-{seq}", (record,), ())
 
 
-async def _last_seq(conn: AsyncConnection, partition: int) -> int:
+async def last_seq(conn: AsyncConnection, partition: int) -> int:
+    """The last sequence that something without an outbox entry of its own was written under.  Locked exclusively."""
     last = 0
-    for table in (requests, incidents):
+    for table in (requests, set_asides, incidents):
         found = select(func.max(table.c.outbox_seq)).where(
             table.c.partition == partition, table.c.generation == RECREATED
         )

@@ -269,6 +269,11 @@ def at(table: Table, positions: Sequence[tuple[int, int]]) -> ColumnElement[bool
     return tuple_(table.c.lot, table.c.seq).in_(positions)
 
 
+def after(table: Table, position: tuple[int, int]) -> ColumnElement[bool]:
+    """This row of ``table`` is at a position after this one, in the order of ``(lot, seq)``."""
+    return tuple_(table.c.lot, table.c.seq) > position
+
+
 def withdrawn_ahead() -> ScalarSelect[int]:
     """Of this row of ``lots``, the codes that were withdrawn and that no lease has passed over yet.
 

@@ -99,7 +99,7 @@ def _header(name: str, raw: bytes) -> list[str]:
     except UnicodeDecodeError:
         raise UnusableFile(f"{name} is not text in UTF-8") from None
     try:
-        columns = [column.strip().lower() for column in _split(text.rstrip("\r"))]
+        columns = [column.strip().lower() for column in split(text.rstrip("\r"))]
     except ValueError:
         columns = []
     if sorted(set(columns)) != sorted(columns) or not set(columns) <= set(COLUMNS) or "code" not in columns:
@@ -116,7 +116,7 @@ def _rows(lines: Iterable[tuple[int, bytes]], fields: Callable[[str], Fields]) -
     expiries: dict[str, int] = {}
     for number, raw in lines:
         try:
-            text = _text(raw)
+            text = text_of(raw)
             if not text or text.isspace():
                 continue
             code, serial, expires_at = fields(text)
@@ -133,7 +133,8 @@ def _rows(lines: Iterable[tuple[int, bytes]], fields: Callable[[str], Fields]) -
         yield row
 
 
-def _text(raw: bytes) -> str:
+def text_of(raw: bytes) -> str:
+    """One line as text.  Raises ValueError, quoting nothing, if it is too long or no UTF-8."""
     if len(raw) > LINE_BYTES_MAX and len(raw.rstrip(b"\r")) > LINE_BYTES_MAX:
         raise ValueError(f"longer than {LINE_BYTES_MAX} bytes")
     try:
@@ -146,7 +147,7 @@ def _csv_fields(columns: list[str]) -> Callable[[str], Fields]:
     code, serial, expires_at = (columns.index(name) if name in columns else len(columns) for name in COLUMNS)
 
     def fields(text: str) -> Fields:
-        found = _split(text)
+        found = split(text)
         if len(found) != len(columns):
             raise ValueError(f"{len(found)} fields, where the header names {len(columns)}")
         found.append("")  # what stands in a column that is not there
@@ -155,7 +156,8 @@ def _csv_fields(columns: list[str]) -> Callable[[str], Fields]:
     return fields
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """The cells of one line of CSV.  Raises ValueError, quoting nothing."""
     if '"' not in text:
         return text.split(",")
     try:

@@ -110,7 +110,7 @@ FIELDS: Final = tuple(fields(Found(*(0,) * 4, *("",) * 10, *(0,) * 6, "", "", 0,
 
 def head(file_format: Format) -> bytes:
     """What a file of this format begins with."""
-    return _rows([FIELDS]) if file_format == "csv" else b""
+    return csv_rows([FIELDS]) if file_format == "csv" else b""
 
 
 def lines(page: Sequence[Found], file_format: Format) -> bytes:
@@ -118,19 +118,24 @@ def lines(page: Sequence[Found], file_format: Format) -> bytes:
     would be a formula begins with an apostrophe)."""
     if file_format == "ndjson":
         return b"".join(orjson.dumps(fields(one), option=orjson.OPT_APPEND_NEWLINE) for one in page)
-    return _rows([[_cell(value) for value in fields(one).values()] for one in page])
+    return csv_rows([list(fields(one).values()) for one in page])
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     text = str(value)
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
-def _rows(rows: Sequence[Sequence[str]]) -> bytes:
+def csv_rows(rows: Sequence[Sequence[object]]) -> bytes:
+    """Lines of CSV (RFC 4180) that are safe to open in a spreadsheet: a cell that would be a formula begins with an
+    apostrophe."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)  # its own defaults are RFC 4180: commas, CRLF, quotes where needed
+    safe = [[_cell(value) for value in row] for row in rows]
+    csv.writer(text).writerows(safe)  # its own defaults are RFC 4180: commas, CRLF, quotes where needed
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 

@@ -19,7 +19,7 @@ from service.domain import CapHolder, Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
 from service.identity import NO_KEYS, IdKeys
 from service.scripts import Count, Scripts, counter_key, parse_separated, sequences
-from service.store import campaigns, control, ledger, recreation, returning
+from service.store import campaigns, control, ledger, recreation, returning, unseen
 from service.store.database import Database
 from service.store.ledger import Entry
 from service.store.schema import LITTLE_LIFE, TAKEN_BACK
@@ -252,9 +252,13 @@ class Flush:
         while seen.open not in (0, generation):
             records = [record for entry in entries for record in entry.records]
             async with self._database.read() as conn:
+                given = [(code.lot, code.seq) for record in records for code in record.codes]
+                # Somebody else may have one of these codes by now: the flush has raised an incident.
+                back = await unseen.came_back(conn, given)
+                told = [one for one in records if not any((code.lot, code.seq) in back for code in one.codes)]
                 version_counts = await _counts(conn, self._scripts.partition, seen.open, records, self._now())
             status, _ = await self._scripts.restore(
-                [(r.api, r.client, r.key, r.pack()) for r in records],
+                [(r.api, r.client, r.key, r.pack()) for r in told],
                 version_counts,
                 open_generation=seen.open,
                 generation=seen.open,
