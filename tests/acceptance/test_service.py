@@ -195,7 +195,9 @@ async def test_with_redis_away_replays_are_answered_and_nothing_is_issued(servic
             assert (await service.ask(client, "old")).status_code == 503, "the store has it revoked"
         finally:
             service.valkey.start()
-    service.quiet()
+        await service.furnish(50)  # who shares this service finds it issuing again, by what is in force
+        after = [service.voucher(client, f"after-{number}") for number in range(40)]
+        assert {answer.status_code for answer in await asyncio.gather(*after)} == {200}
     await service.audit()
 
 
