@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script compare-install chaos-import postman sim
+	bench-scale bench-script chaos chaos-import chaos-rows compare-install postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,12 @@ compare-install: install ## what loadtest/compare needs: FastAPI into .venv, Fas
 	@if ! command -v node >/dev/null; then echo "node is missing: going on without the Fastify service"; \
 	elif ! command -v npm >/dev/null; then echo "npm is missing: going on without the Fastify service"; \
 	else cd loadtest/compare/fastify && npm install --omit=dev --no-audit --no-fund; fi
+
+chaos: install ## every fault at random on real processes, then every promise checked (SEED=7 MINUTES=30)
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+chaos-rows: install ## each fault alone, on PostgreSQL with Valkey and SQLite with Redis (ARGS='-k row_09')
+	$(BIN)/python -m pytest tests/chaos --chaos all $(ARGS)
 
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)

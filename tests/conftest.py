@@ -39,6 +39,9 @@ settings.load_profile("voucherd")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of everything random in the tests; printed")
     parser.addoption("--kills", type=int, default=3, help="imports that are killed, on each store")
+    parser.addoption(
+        "--chaos", choices=("short", "all"), default="short", help="rows of the table of faults: some, or all of them"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = random.SystemRandom().randrange(2**32)
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(config.option.seed)
+    config.addinivalue_line("markers", "long: a fault that is tried with --chaos all only")
+    config.addinivalue_line("markers", "stage(store): where faults of this file are tried, unless on all stages")
     config.addinivalue_line("markers", "leaves_keys: writes keys by hand that may stay without an expiry")
 
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,9 +39,13 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
 class RedisServer:
     """One Valkey or Redis with its own data directory; can be killed, stopped and started again on its data."""
 
-    def __init__(self, binary: Path, directory: Path, options: Mapping[str, str] | None = None) -> None:
-        """``options`` of the server go before those of the tests."""
+    def __init__(
+        self, binary: Path, directory: Path, options: Mapping[str, str] | None = None, *, through: Sequence[str] = ()
+    ) -> None:
+        """``options`` of the server go before those of the tests.  ``through``: a command that becomes the server, as
+        ``exec`` does, when the server's own command follows it."""
         self.options = dict(options or {})
+        self.through = through
         self.binary = binary
         self.directory = directory
         self.port = free_port()
@@ -66,7 +70,7 @@ class RedisServer:
             **self.options,
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-        self.process = subprocess.Popen([str(self.binary), *arguments], stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen([*self.through, str(self.binary), *arguments], stdin=subprocess.DEVNULL)
         wait_until(self._answers, f"an answer of {self.binary.name}")
 
     def _answers(self) -> bool:

@@ -15,66 +15,16 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.line import CONNECTIONS_MAX, connect
+from tests.relay import Relay
 
 TIMEOUT_MS = 300
 ECHO = "return ARGV[1]"
 LARGE = 3_000_000  # bytes: the kernel hands it over in many pieces
 
 
-class Relay:
-    """Between a client and Valkey.  While ``open`` is not set, what Valkey says is held back."""
-
-    def __init__(self, url: str) -> None:
-        self._port = urlsplit(url).port
-        self.open = asyncio.Event()
-        self.open.set()
-        self.clients: list[asyncio.StreamWriter] = []
-        self._relaying: set[asyncio.Task[None]] = set()
-        self.url = ""
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
-        yield
-        server.close()
-        self.open.set()
-        self.cut()
-        await asyncio.gather(*self._relaying)
-
-    def cut(self) -> None:
-        for client in self.clients:
-            client.transport.abort()
-        self.clients.clear()
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._relaying.add(asyncio.current_task())  # type: ignore[arg-type]  # this is one
-        there, back = await asyncio.open_connection("127.0.0.1", self._port)
-        self.clients.append(writer)
-
-        async def pass_on(from_: asyncio.StreamReader, to: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-            with contextlib.suppress(OSError):
-                while said := await from_.read(65_536):
-                    await gate.wait()
-                    to.write(said)
-
-        always = asyncio.Event()
-        always.set()
-        ways = [
-            asyncio.ensure_future(pass_on(reader, back, always)),
-            asyncio.ensure_future(pass_on(there, writer, self.open)),
-        ]
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        await asyncio.wait(ways)
-        for end in (back, writer):
-            end.close()
-
-
 @pytest.fixture
 async def relay(valkey_url: str) -> AsyncIterator[Relay]:
-    relay = Relay(valkey_url)
+    relay = Relay(urlsplit(valkey_url).port or 0)
     async with relay.running():
         yield relay
 
@@ -83,7 +33,7 @@ async def relay(valkey_url: str) -> AsyncIterator[Relay]:
 async def client(relay: Relay) -> AsyncIterator[Any]:
     client = connect(relay.url, timeout_ms=TIMEOUT_MS)
     yield client
-    relay.open.set()
+    relay.release()
     await client.aclose()
 
 
@@ -118,34 +68,32 @@ async def test_an_error_is_raised_as_redis_py_raises_it_and_costs_no_connection(
 async def test_a_late_reply_is_not_the_next_calls(relay: Relay, client: Any) -> None:
     sha = await client.script_load(ECHO)
     assert await client.evalsha(sha, 0, "early") == "early"
-    relay.open.clear()
+    relay.hold()
     began = time.monotonic()
     with pytest.raises(RedisTimeoutError):
         await client.evalsha(sha, 0, "late")
     assert time.monotonic() - began < 3 * TIMEOUT_MS / 1000
-    relay.open.set()
+    relay.release()
     assert [await client.evalsha(sha, 0, word) for word in ("one", "two")] == ["one", "two"]
 
 
 async def test_the_reply_to_a_call_that_was_given_up_is_not_the_next_calls(relay: Relay, client: Any) -> None:
     sha = await client.script_load(ECHO)
     assert await client.evalsha(sha, 0, "early") == "early"
-    relay.open.clear()
+    relay.hold()
     given_up = asyncio.ensure_future(client.evalsha(sha, 0, "given up"))
     await asyncio.sleep(0)  # it has been sent
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await given_up
-    relay.open.set()
+    relay.release()
     assert [await client.evalsha(sha, 0, word) for word in ("one", "two")] == ["one", "two"]
 
 
 async def test_a_reply_that_nobody_asked_for_is_nobodys(relay: Relay, client: Any) -> None:
     sha = await client.script_load(ECHO)
     assert await client.evalsha(sha, 0, "early") == "early"
-    for one in relay.clients:
-        one.write(b"$6\r\nothers\r\n")
-        await one.drain()
+    relay.say(b"$6\r\nothers\r\n")
     for _ in range(20):  # until it has arrived
         await asyncio.sleep(0.01)
     with contextlib.suppress(RedisConnectionError):
@@ -161,11 +109,11 @@ async def test_connections_that_were_lost_are_not_missed(relay: Relay, client: A
             with contextlib.suppress(RedisConnectionError):
                 assert await client.evalsha(sha, 0, "x") == "x"
                 break
-    relay.open.clear()
+    relay.hold()
     for _ in range(CONNECTIONS_MAX + 1):
         with pytest.raises(RedisTimeoutError):
             await client.evalsha(sha, 0, "late")
-    relay.open.set()
+    relay.release()
     words = [f"word-{number}" for number in range(2 * CONNECTIONS_MAX)]
     assert await asyncio.gather(*(client.evalsha(sha, 0, word) for word in words)) == words
 
@@ -173,13 +121,13 @@ async def test_connections_that_were_lost_are_not_missed(relay: Relay, client: A
 async def test_a_call_on_its_way_when_the_connection_ends_says_so(relay: Relay, client: Any) -> None:
     sha = await client.script_load(ECHO)
     assert await client.evalsha(sha, 0, "early") == "early"
-    relay.open.clear()
+    relay.hold()
     under_way = asyncio.ensure_future(client.evalsha(sha, 0, "unknown"))
     await asyncio.sleep(0.01)
     relay.cut()
     with pytest.raises(RedisConnectionError):
         await under_way
-    relay.open.set()
+    relay.release()
     assert await client.evalsha(sha, 0, "again") == "again"
 
 

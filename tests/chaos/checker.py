@@ -1,0 +1,232 @@
+"""The promises, held against what clients were told and what the stores say.  Pure: sets in, violations out."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from typing import Final
+
+import msgspec
+
+from tests.chaos.answers import Answers, Key
+from tests.chaos.evidence import Evidence
+from tests.chaos.stage import Campaign, World
+
+PROMISES: Final = ("P1", "P2", "P3", "P4", "P5", "P6", "P8")
+
+# A Redis server and the client need not have the same clock to the microsecond.
+CLOCK_S: Final = 0.01
+
+# What a command that pauses or resumes takes at most; meanwhile both answers are right.
+PAUSING_S: Final = 5.0
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """A fault that no copy of the outbox survived: what was told in this time (Unix seconds) may be in quarantine."""
+
+    since: float
+    until: float
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """Of a campaign: when the command that paused it had returned, and when the one that resumed it was begun."""
+
+    campaign: str
+    since: float
+    until: float
+
+
+class Allowances(msgspec.Struct, frozen=True):
+    """What was done on purpose: ``revoked`` tokens by when that was in force; ``incidents`` and ``parked`` that were
+    provoked."""
+
+    losses: Sequence[Loss] = ()
+    revoked: dict[str, float] = {}
+    paused: Sequence[Paused] = ()
+    incidents: Collection[str] = ()
+    parked: int = 0
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """``violations`` of each promise; ``lost``: vouchers that clients were told, now in quarantine; ``defects``: what
+    must not be either; ``quarantine``: codes by pool."""
+
+    violations: dict[str, list[str]]
+    lost: int
+    quarantine: dict[str, int]
+    defects: list[str]
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.defects) or any(self.violations.values())
+
+
+def check(answers: Answers, evidence: Evidence, world: World, allowed: Allowances) -> Verdict:
+    violations: dict[str, list[str]] = {promise: [] for promise in PROMISES}
+    codes = answers.codes
+    _p1(violations["P1"], codes, evidence)
+    lost = _p2(violations["P2"], answers, codes, evidence, allowed)
+    _p3(violations["P3"], answers, evidence, lost)
+    _p4(violations["P4"], answers, evidence, world, allowed)
+    _p5(violations["P5"], evidence)
+    _p6(violations["P6"], answers, allowed)
+    _p8(violations["P8"], answers, evidence, world, lost)
+    defects = list(answers.odd)
+    defects += [f"no final answer to {key[1]} of {key[0]}" for key in sorted(answers.unanswered)]
+    for promise, text in evidence.findings:
+        # The audit does not know what may be lost, nor what was provoked: caps are looked at above, parked entries and
+        # incidents below.
+        if promise != "P8" and not text.startswith("parked ") and ": incident " not in text:
+            violations[promise].append(f"audit: {text}")
+    for kind, subject, _ in evidence.incidents:
+        if kind not in allowed.incidents:
+            violations["P1" if kind == "double_issue" else "P2"].append(f"incident {kind} of {subject}")
+    if evidence.parked != allowed.parked:
+        violations["P2"].append(f"{evidence.parked} entries are parked, {allowed.parked} were malformed")
+    if evidence.outbox:
+        violations["P2"].append(f"{evidence.outbox} entries are still in an outbox")
+    quarantine = {pool: codes for pool, codes in sorted(evidence.quarantine.items()) if codes}
+    return Verdict(violations, len(lost), quarantine, defects)
+
+
+def _p1(found: list[str], codes: dict[str, list[Key]], evidence: Evidence) -> None:
+    """A code is given to at most one request, ever."""
+    found += [f"{code} was told to {len(keys)} keys: {keys[:3]}" for code, keys in codes.items() if len(keys) > 1]
+    for code, keys in codes.items():
+        row = evidence.issued.get(code)
+        if row is not None and row.key not in keys:
+            found.append(f"{code} was told to {keys}, and by the ledger it is of {row.key}")
+        if code in evidence.windows:
+            found.append(f"{code} was told to {keys}, and waits in a window to be issued")
+        if evidence.places.get(code) in ("stock", "nowhere"):
+            found.append(f"{code} was told to {keys}, and is in {evidence.places[code]}")
+    found += [
+        f"{code} is in the ledger, and waits in a window to be issued"
+        for code in evidence.windows & evidence.issued.keys()
+    ]
+    found += [f"{code} is in the windows twice" for code in evidence.twice]
+    found += evidence.doubled
+
+
+def _p2(
+    found: list[str], answers: Answers, codes: dict[str, list[Key]], evidence: Evidence, allowed: Allowances
+) -> set[str]:
+    """What was told is in the ledger, or was lost with every copy and is in quarantine: those codes."""
+    lost = set()
+    for code, place in evidence.places.items():
+        for key in codes[code]:
+            asked = answers.keys[key]
+            at = next(one.at for one in (*asked.told, *asked.changed) if one.code == code)
+            if place == "quarantine" and any(loss.since - CLOCK_S <= at <= loss.until for loss in allowed.losses):
+                lost.add(code)
+            else:
+                found.append(f"{code}, told to {key} at {at:.3f}, is not in the ledger: {place}")
+    return lost
+
+
+def _p3(found: list[str], answers: Answers, evidence: Evidence, lost: set[str]) -> None:
+    """The same key gets the same answer, and another body none."""
+    requests = Counter(row.key for row in evidence.issued.values())
+    found += [f"{key} has {count} requests in the ledger" for key, count in requests.items() if count > 1]
+    for key, asked in answers.keys.items():
+        if any(one.code in lost for one in (*asked.told, *asked.changed)):
+            continue
+        if len(asked.told) > 1:
+            found.append(f"{key} was told {len(asked.told)} different answers, first at {asked.told[0].at:.3f}")
+        if asked.changed:
+            found.append(f"{key} was told a voucher for another body, at {asked.changed[0].at:.3f}")
+        if asked.refused:
+            found.append(f"{key} was refused as another body's, at {asked.refused:.3f}")
+
+
+def _p4(found: list[str], answers: Answers, evidence: Evidence, world: World, allowed: Allowances) -> None:
+    """Nobody is told "unavailable" while something is left.  Nothing is added to a pool while clients ask, so what is
+    there at the end was there before."""
+    used = Counter(row.campaign for row in evidence.issued.values())
+    for one in answers.refusals:
+        campaign = world.of_product(one.product)
+        left = evidence.stored[campaign.id] + evidence.held[campaign.id]
+        if one.code == "exhausted":
+            if campaign.codes is None or left:
+                found.append(
+                    f"{one.key} was told at {one.at:.3f} that {campaign.id} is exhausted: {left} codes are left"
+                )
+        elif one.code == "cap_reached":
+            if campaign.distributor_cap is None and campaign.terminal_cap is None and campaign.cap is None:
+                found.append(f"{one.key} was told at {one.at:.3f} that a cap of {campaign.id} is reached: it has none")
+            elif (
+                campaign.terminal_cap is None
+                and campaign.distributor_cap is None
+                and used[campaign.id] + evidence.quarantine[campaign.id] < (campaign.cap or 0)
+            ):
+                found.append(f"{one.key} was told that the cap of {campaign.id} is reached: {used[campaign.id]} issued")
+        elif one.code == "not_running" and any(
+            pause.campaign == campaign.id and one.at >= pause.since - PAUSING_S and one.began <= pause.until + PAUSING_S
+            for pause in allowed.paused
+        ):
+            continue
+        else:
+            found.append(f"{one.key} was told {one.code} at {one.at:.3f}")
+
+
+def _p5(found: list[str], evidence: Evidence) -> None:
+    """The books balance: every code is in one place."""
+    for pool, imported in evidence.imported.items():
+        stored, leased = evidence.stored[pool], evidence.leased[pool]
+        if imported != stored + leased:
+            found.append(f"{pool}: {imported} imported, {stored} stored and {leased} leased")
+        if evidence.out[pool] != evidence.held[pool]:
+            found.append(
+                f"{pool}: {evidence.out[pool]} codes of the open generation are accounted for nowhere, "
+                f"its window holds {evidence.held[pool]}"
+            )
+        if evidence.quarantine[pool] < 0:
+            found.append(f"{pool}: {evidence.quarantine[pool]} codes in quarantine")
+
+
+def _p6(found: list[str], answers: Answers, allowed: Allowances) -> None:
+    """A revoked token, a paused campaign: no success for a request that began later."""
+    for token, at in allowed.revoked.items():
+        if (last := answers.last_success.get(token, 0.0)) > at:
+            found.append(f"{token}, revoked at {at:.3f}, was good for a request that began at {last:.3f}")
+    for pause in allowed.paused:
+        # A request that was begun before may be a replay; one that was answered after may have been issued after.
+        found += [
+            f"{key} was issued at {one.at:.3f} by {pause.campaign}, paused at {pause.since:.3f}"
+            for key, asked in answers.keys.items()
+            for one in asked.told
+            if one.campaign == pause.campaign and pause.since < asked.began and one.at < pause.until
+        ]
+
+
+def _p8(found: list[str], answers: Answers, evidence: Evidence, world: World, lost: set[str]) -> None:
+    """No cap is exceeded; of distributors and terminals not by more than was lost, told or not."""
+    used: defaultdict[Campaign, set[str]] = defaultdict(set)
+    by_distributor: defaultdict[tuple[Campaign, str], set[str]] = defaultdict(set)
+    by_terminal: defaultdict[tuple[Campaign, str, str], set[str]] = defaultdict(set)
+    campaigns = {one.id: one for one in world.campaigns}
+
+    def count(code: str, campaign: Campaign, distributor: str, terminal: str) -> None:
+        used[campaign].add(code)
+        by_distributor[campaign, distributor].add(code)
+        by_terminal[campaign, distributor, terminal].add(code)
+
+    for code, row in evidence.issued.items():
+        count(code, campaigns[row.campaign], row.key[0], row.terminal)
+    for key, asked in answers.keys.items():
+        for one in asked.told:
+            if one.code in lost:
+                count(one.code, campaigns[one.campaign], key[0], asked.terminal)
+    for campaign, codes in used.items():
+        if campaign.cap is not None and len(codes) > campaign.cap:
+            found.append(f"{campaign.id}: {len(codes)} vouchers, its cap is {campaign.cap}")
+    for (campaign, distributor), codes in by_distributor.items():
+        more = evidence.quarantine[campaign.id] if lost else 0
+        if campaign.distributor_cap is not None and len(codes) > campaign.distributor_cap + more:
+            found.append(f"{campaign.id}: {len(codes)} vouchers of {distributor}, capped at {campaign.distributor_cap}")
+    for (campaign, distributor, terminal), codes in by_terminal.items():
+        more = evidence.quarantine[campaign.id] if lost else 0
+        if campaign.terminal_cap is not None and len(codes) > campaign.terminal_cap + more:
+            found.append(
+                f"{campaign.id}: {len(codes)} vouchers of {distributor} {terminal}, capped at {campaign.terminal_cap}"
+            )

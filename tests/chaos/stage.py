@@ -1,0 +1,463 @@
+"""A whole service as in production, with everything replaceable while it runs: two `voucherd serve` of two processes
+each, two `voucherd work` (one on SQLite), a Redis behind a relay, a store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Literal, Self
+
+import httpx
+import msgspec
+import psutil
+import redis
+from sqlalchemy.engine import make_url
+
+from tests.acceptance.test_up import environment, voucherd
+from tests.chaos import points
+from tests.chaos.client import Order, Plan, Progress, Source
+from tests.relay import Relay
+from tests.servers import PostgresServer, RedisServer, free_port
+
+Store = Literal["postgresql", "sqlite"]
+
+PLANNED_RATE: Final = 50
+OUTAGE_S: Final = 10
+READY_S: Final = 60.0
+DRAIN_S: Final = 90.0  # after everything is healed, until all outboxes are empty
+STOP_S: Final = 30.0
+LOOK_S: Final = 0.02
+
+# A server started through this survives reaching a limit of file size, and sees a write that fails.
+UNLIMITED: Final = ("sh", "-c", 'trap "" XFSZ; exec "$@"', "sh")
+
+
+def unlimited(_: Path) -> Sequence[str]:
+    return UNLIMITED
+
+
+class Stuck(AssertionError):
+    """What has to come by itself did not."""
+
+
+class Campaign(msgspec.Struct, frozen=True):
+    """What the checker has to know of one.  Its pool has its name.  Caps are totals, None for none; ``codes`` in stock,
+    None: as many as are wanted."""
+
+    id: str
+    product: str
+    weight: float
+    codes: int | None = None
+    cap: int | None = None
+    distributor_cap: int | None = None
+    terminal_cap: int | None = None
+    terminals: int = 1_000
+
+
+class World(msgspec.Struct, frozen=True):
+    """Who sells what.  Every distributor sells every product, each of which belongs to one campaign."""
+
+    distributors: tuple[str, ...]
+    campaigns: tuple[Campaign, ...]
+
+    def of_product(self, product: str) -> Campaign:
+        return next(one for one in self.campaigns if one.product == product)
+
+    @property
+    def sources(self) -> list[Source]:
+        return [
+            Source(distributor, one.product, one.weight, one.terminals)
+            for distributor in self.distributors
+            for one in self.campaigns
+        ]
+
+
+def world(vouchers: int) -> World:
+    """One whose small pool runs dry and whose caps are met before so many calls were made."""
+    return World(
+        ("DIST-1", "DIST-2", "DIST-3"),
+        (
+            Campaign("PLENTY", "PAY", 0.84),
+            Campaign("TINY", "TIN", 0.04, codes=vouchers // 100),
+            Campaign("CAPPED", "CAP", 0.06, cap=vouchers // 50, distributor_cap=vouchers // 100),
+            Campaign("TERMINAL", "TRM", 0.06, terminal_cap=2, terminals=max(1, vouchers // 200)),
+        ),
+    )
+
+
+class Program:
+    """`voucherd serve` or `voucherd work`: it can die, sleep, and be started again."""
+
+    def __init__(self, name: str, environment: dict[str, str], log: Path) -> None:
+        self.name, self.environment, self.log = name, environment, log
+        self.process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pids(self) -> list[int]:
+        """It and its children, itself first."""
+        if not self.alive:
+            return []
+        assert self.process is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [self.process.pid, *(one.pid for one in psutil.Process(self.process.pid).children())]
+        return []
+
+    def start(self) -> None:
+        """Does nothing if it is alive."""
+        with self._lock, self.log.open("ab") as log:
+            if not self.alive:
+                self.process = subprocess.Popen(
+                    voucherd(self.name.split("-")[0]), env=self.environment, stdout=log, stderr=log
+                )
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(STOP_S)
+
+    def stop(self) -> None:
+        """It ends as an operator would have it; fails unless it does so by itself and in time."""
+        if self.process is not None and self.alive:
+            self.process.terminate()
+            assert self.process.wait(STOP_S) == 0, f"{self.name} ended with {self.process.returncode}"
+
+
+class Load:
+    """The load client, a process of its own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.file = Path(plan.file)
+        self.progress = Progress(0, {}, time.time(), 0)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.client"], env=environment(checkout=True),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._say(plan)
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
+
+    def order(self, order: Order) -> None:
+        self._say(order)
+
+    def finish(self, within_s: float) -> Progress:
+        """When every call has a final answer, or the client has lost its patience."""
+        self._say(Order(finish=True))
+        self._listening.join(within_s)
+        if not self.progress.over:
+            self.close()
+            raise Stuck(f"the client did not end: {self.progress}")
+        self.close()
+        assert self._process.returncode == 0
+        return self.progress
+
+    def close(self) -> None:
+        """It has ended."""
+        self._process.kill() if not self.progress.over else self._stdin.close()
+        self._process.wait(STOP_S)
+        self._listening.join(STOP_S)
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        self._stdout.close()
+
+    def answered(self, count: int, within_s: float = READY_S) -> None:
+        """Returns when so many calls more have been answered with a voucher."""
+        kinds = self.progress.kinds
+        until(lambda: self.progress.kinds.get("200", 0) - kinds.get("200", 0) >= count, f"{count} vouchers", within_s)
+
+    def _say(self, what: Plan | Order) -> None:
+        self._stdin.write(msgspec.json.encode(what) + b"\n")
+        self._stdin.flush()
+
+    def _listen(self) -> None:
+        for line in self._stdout:
+            self.progress = msgspec.json.decode(line, type=Progress)
+
+
+def until(look: Callable[[], object], what: str, within_s: float = READY_S) -> None:
+    """Returns once ``look`` is true.  Raises Stuck, saying ``what`` did not come."""
+    end = time.monotonic() + within_s
+    while not look():
+        if time.monotonic() > end:
+            raise Stuck(f"{what}: not within {within_s:g} s")
+        time.sleep(LOOK_S)
+
+
+class Stage:
+    """Use as a context: everything that was started ends with it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        store: Store,
+        *,
+        binary: Path,
+        voucherd: Path,
+        postgres: PostgresServer | None,
+        world: World,
+        redis_options: dict[str, str] | None = None,
+        through: Callable[[Path], Sequence[str]] = unlimited,
+        **settings: str,
+    ) -> None:
+        """``binary``: of Redis or Valkey, started ``through`` what this says of its directory; ``voucherd``: what
+        commands are typed with; ``postgres``: not started yet, and nobody else's."""
+        self.directory, self.store, self.world = directory, store, world
+        self.voucherd, self.postgres = voucherd, postgres
+        self._binary, self._redis_options, self._through = binary, redis_options or {}, through
+        self._servers = 0
+        self.redis = self.new_server()
+        self.relay = Relay(self.redis.port)
+        self.points = directory / "points"
+        self.settings = settings
+        self.ports: list[int] = []
+        self.ops_ports: list[int] = []
+        self.programs: list[Program] = []
+        self.loads: list[Load] = []
+        self.tokens: dict[str, dict[str, str]] = {}
+        self._closing = contextlib.ExitStack()
+        self._loop = asyncio.new_event_loop()
+
+    # --- begin and end -----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.points.mkdir(parents=True)
+        try:
+            self._begin()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _begin(self) -> None:
+        thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        thread.start()
+        self._closing.callback(thread.join, STOP_S)
+        self._closing.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+        running = self.relay.running()
+        asyncio.run_coroutine_threadsafe(running.__aenter__(), self._loop).result(STOP_S)
+        self._closing.callback(
+            lambda: asyncio.run_coroutine_threadsafe(running.__aexit__(None, None, None), self._loop).result(STOP_S)
+        )
+        self.redis.start()
+        if self.postgres is not None:
+            self.postgres.start()
+            self.postgres.sql("create database voucherd")
+        self._succeed("migrate")
+        for name, ops in (("serve-1", True), ("serve-2", True), ("work-1", False), ("work-2", False)):
+            if name == "work-2" and self.store == "sqlite":
+                continue  # a lock says so
+            ports = {}
+            if ops:
+                self.ports.append(free_port())
+                self.ops_ports.append(free_port())
+                ports = {"VOUCHERD_PORT": str(self.ports[-1]), "VOUCHERD_OPS_PORT": str(self.ops_ports[-1])}
+            where = os.pathsep.join((str(Path(points.__path__[0])), self.environment["PYTHONPATH"]))
+            own = {**self.environment, **ports, "PYTHONPATH": where, "CHAOS_POINTS": str(self.points)}
+            self.programs.append(Program(name, own, self.directory / f"{name}.log"))
+        for program in self.works:
+            program.start()
+        until(self.is_open, "an open generation")
+        self._furnish()
+        self.mend()
+
+    def _end(self) -> None:
+        for load in self.loads:
+            load.close()
+        for program in self.programs:
+            for pid in program.pids[1:]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            program.kill()
+        self.redis.kill()
+        if self.postgres is not None:
+            self.postgres.stop(signal.SIGQUIT)
+        self._closing.close()
+        self._loop.close()
+
+    def new_server(self) -> RedisServer:
+        """One with nothing in it, not started."""
+        self._servers += 1
+        directory = self.directory / f"redis-{self._servers}"
+        return RedisServer(self._binary, directory, self._redis_options, through=self._through(directory))
+
+    @property
+    def store_url(self) -> str:
+        if self.postgres is not None:
+            return self.postgres.url("voucherd")
+        return f"sqlite+aiosqlite:///{self.directory / 'store.db'}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment(
+            checkout=True, VOUCHERD_REDIS_URL=self.relay.url, VOUCHERD_STORE_URL=self.store_url, VOUCHERD_WORKERS="2",
+            **{"VOUCHERD_PLANNED_RATE": str(PLANNED_RATE), "VOUCHERD_STORE_OUTAGE_S": str(OUTAGE_S),
+               "VOUCHERD_ACCEPT": "fsync,replicas,version", **self.settings},
+        )  # fmt: skip
+
+    def _furnish(self) -> None:
+        pools, campaigns = [], []
+        for one in self.world.campaigns:
+            pool: dict[str, object] = {"id": one.id, "expires": "2040-01-01"}
+            if one.codes is None:
+                pool = {"id": one.id, "pattern": f"{one.id[0]}%%%%-%%%%-%%%%", "expires_after": 3_000}
+            caps = {
+                **({} if one.cap is None else {"total": one.cap}),
+                **({} if one.distributor_cap is None else {"distributor": {"total": one.distributor_cap}}),
+                **({} if one.terminal_cap is None else {"terminal": {"total": one.terminal_cap}}),
+            }
+            pools.append(pool)
+            campaigns.append(
+                {"id": one.id, "category": one.product, "products": [one.product], "pool": one.id, "caps": caps,
+                 "assigned": [{"distributor": name} for name in self.world.distributors]}
+            )  # fmt: skip
+        file = self.directory / "world.json"
+        distributors = [{"id": name} for name in self.world.distributors]
+        file.write_text(json.dumps({"distributors": distributors, "pools": pools, "campaigns": campaigns}))
+        self._succeed("apply", str(file), "--yes")
+        for one in self.world.campaigns:
+            if one.codes is not None:
+                codes = self.directory / f"{one.id}.csv"
+                codes.write_text("code\n" + "".join(f"{one.id}-{number:06}\n" for number in range(one.codes)))
+                self._succeed("codes", "import", one.id, str(codes))
+        for name in self.world.distributors:
+            self.tokens[name] = {f"{name}/1": self.new_token(name)}
+
+    # --- what an operator types ----------------------------------------------------------------------------------
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.voucherd, *arguments], env=self.environment, capture_output=True, text=True, timeout=READY_S
+        )
+
+    def _succeed(self, *arguments: str) -> str:
+        done = self.command(*arguments)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout
+
+    def new_token(self, distributor: str) -> str:
+        return str(json.loads(self._succeed("token", "issue", distributor, "--json"))["token"])
+
+    # --- load ----------------------------------------------------------------------------------------------------
+
+    def load(self, name: str, *, seed: int, **how: object) -> Load:
+        """A client that has begun."""
+        plan = Plan(
+            file=str(self.directory / f"{name}.calls"), prefix=name, seed=seed, ports=self.ports,
+            sources=self.world.sources, tokens=self.tokens, **how,
+        )  # type: ignore[arg-type]  # fmt: skip
+        self.loads.append(Load(plan))
+        return self.loads[-1]
+
+    # --- what goes wrong -----------------------------------------------------------------------------------------
+
+    @property
+    def serves(self) -> list[Program]:
+        return [one for one in self.programs if one.name.startswith("serve")]
+
+    @property
+    def works(self) -> list[Program]:
+        return [one for one in self.programs if one.name.startswith("work")]
+
+    def cut(self) -> None:
+        """Every connection to Redis is reset."""
+        self._loop.call_soon_threadsafe(self.relay.cut)
+
+    def hold(self) -> None:
+        self._loop.call_soon_threadsafe(self.relay.hold)
+
+    def release(self) -> None:
+        self._loop.call_soon_threadsafe(self.relay.release)
+
+    def switch_to(self, server: RedisServer) -> None:
+        """Whoever connects from now on reaches ``server``."""
+        self.redis, self.relay.upstream = server, server.port
+        self.cut()
+
+    def dies_at(self, point: str) -> Path:
+        """The next process that comes to this crash point dies there; then the path that is returned is gone."""
+        path = self.points / point
+        path.touch()
+        return path
+
+    def admin(self) -> redis.Redis:
+        """At the server itself, past the relay."""
+        return redis.Redis(
+            host="127.0.0.1", port=self.redis.port, decode_responses=True, socket_timeout=10.0,
+            encoding_errors="surrogateescape",
+        )  # fmt: skip
+
+    def oldest_unflushed(self) -> float:
+        """Unix seconds: nothing that was issued before is in the outboxes only."""
+        now = time.time()
+        with self.admin() as admin:
+            heads = [admin.xrange(key, count=1) for key in admin.scan_iter("{0}:*:outbox")]
+        return min([now, *(int(head[0][0].partition("-")[0]) / 1000 for head in heads if head)])
+
+    @contextlib.contextmanager
+    def sqlite_locked(self) -> Iterator[None]:
+        """Nobody else can write to the store."""
+        connection = sqlite3.connect(str(make_url(self.store_url).database), timeout=30.0, isolation_level=None)
+        try:
+            connection.execute("begin immediate")
+            yield
+        finally:
+            connection.close()
+
+    # --- heal ----------------------------------------------------------------------------------------------------
+
+    def mend(self) -> None:
+        """Every program runs and serves, whatever has been done to it; a generation is open."""
+
+        def whole() -> bool:
+            for program in self.programs:
+                program.start()  # also one that comes to a crash point meanwhile
+            return self._serving() and self.is_open()
+
+        until(whole, "every process ready and an open generation")
+
+    def _serving(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return all(
+                httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+                for port in self.ops_ports
+            )
+        return False
+
+    def is_open(self) -> bool:
+        with self.admin() as admin, contextlib.suppress(redis.RedisError):
+            opened = admin.hgetall("{0}:generation")
+            return bool(opened) and opened.get("replid") == admin.info("replication")["master_replid"]
+        return False
+
+    def drain(self) -> None:
+        """Everything that was issued is in the ledger."""
+
+        def drained() -> bool:
+            with self.admin() as admin, contextlib.suppress(redis.RedisError):
+                return not any(admin.xlen(key) for key in admin.scan_iter("{0}:*:outbox"))
+            return False
+
+        until(drained, "empty outboxes", DRAIN_S)
