@@ -9,7 +9,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script chaos chaos-import chaos-rows compare-install postman sim
+	bench-scale bench-script chaos chaos-import chaos-rows compare-install mutations \
+	postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +75,9 @@ chaos: install ## every fault at random on real processes, then every promise ch
 
 chaos-rows: install ## each fault alone, on PostgreSQL with Valkey and SQLite with Redis (ARGS='-k row_09')
 	$(BIN)/python -m pytest tests/chaos --chaos all $(ARGS)
+
+mutations: install ## six faults in our own code, each of which must make its test red
+	$(BIN)/python -m tests.chaos.mutations $(ARGS)
 
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)

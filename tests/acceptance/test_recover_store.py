@@ -39,7 +39,7 @@ def backup(running: Service, request: pytest.FixtureRequest, tmp_path: Path) -> 
     return lambda: postgres.sql(f"create database {name}_backup template {name}"), put_back
 
 
-async def test_nothing_is_given_twice_or_lost_when_an_old_store_is_put_back(
+async def test_row_20_nothing_is_given_twice_or_lost_when_an_old_store_is_put_back(
     service: Service, backup: tuple[Callable[[], None], ...]
 ) -> None:
     keep, put_back = backup

@@ -57,11 +57,16 @@ class Answers:
         self.refusals: list[Refusal] = []
         self.last_success: dict[str, float] = {}  # by token: when the last call began that got a voucher with it
         self.odd: list[str] = []
-        self.slowest_s = 0.0
+        self.waits: list[tuple[float, float]] = []  # of final answers: when they were there, and seconds since the call
         self.outage_s = 0.0  # longest time without a final answer although some were wanted
         self.outage_at = 0.0
         for file in files:
             self._read(file)
+
+    @property
+    def slowest_s(self) -> float:
+        """The longest wait for a final answer."""
+        return max((wait for _, wait in self.waits), default=0.0)
 
     @property
     def codes(self) -> dict[str, list[Key]]:
@@ -88,7 +93,7 @@ class Answers:
                 continue
             self._count(answer)
             self.unanswered.discard(key)
-            self.slowest_s = max(self.slowest_s, answer.at - call.at)
+            self.waits.append((answer.at, answer.at - call.at))
             if final_at and answer.at - final_at > self.outage_s:
                 self.outage_s, self.outage_at = answer.at - final_at, final_at
             final_at = answer.at

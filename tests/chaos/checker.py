@@ -38,13 +38,14 @@ class Paused(msgspec.Struct, frozen=True):
 
 class Allowances(msgspec.Struct, frozen=True):
     """What was done on purpose: ``revoked`` tokens by when that was in force; ``incidents`` and ``parked`` that were
-    provoked."""
+    provoked; ``forged``: codes that an outbox entry had given once more, by which the audit's books are off."""
 
     losses: Sequence[Loss] = ()
     revoked: dict[str, float] = {}
     paused: Sequence[Paused] = ()
     incidents: Collection[str] = ()
     parked: int = 0
+    forged: int = 0
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -76,7 +77,8 @@ def check(answers: Answers, evidence: Evidence, world: World, allowed: Allowance
     for promise, text in evidence.findings:
         # The audit does not know what may be lost, nor what was provoked: caps are looked at above, parked entries and
         # incidents below.
-        if promise != "P8" and not text.startswith("parked ") and ": incident " not in text:
+        provoked = allowed.forged and (": given twice: " in text or f"'too_many': {allowed.forged}" in text)
+        if promise != "P8" and not text.startswith("parked ") and ": incident " not in text and not provoked:
             violations[promise].append(f"audit: {text}")
     for kind, subject, _ in evidence.incidents:
         if kind not in allowed.incidents:

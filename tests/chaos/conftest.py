@@ -76,7 +76,10 @@ def new_stage(servers_dir: Path, typed: Path, _postgres_binaries: Path) -> NewSt
             pytest.skip("no redis-server on PATH: the same was tried on Valkey")
         postgres = None
         if store == "postgresql":
-            postgres = PostgresServer(_postgres_binaries, directory / "postgres", max_connections="200")
+            # What a commit does not wait for is written as late as can be, so that it is missed if it is lost.
+            postgres = PostgresServer(
+                _postgres_binaries, directory / "postgres", max_connections="200", wal_writer_delay="10s"
+            )
         return Stage(
             directory, store, binary=Path(binary), voucherd=typed, postgres=postgres, world=world(vouchers), **how
         )  # type: ignore[arg-type]

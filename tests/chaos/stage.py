@@ -33,6 +33,9 @@ Store = Literal["postgresql", "sqlite"]
 
 PLANNED_RATE: Final = 50
 OUTAGE_S: Final = 10
+# Twice the defaults, for a machine that runs other tests too is slow.  The client waits longer than that.
+DEADLINE_MS: Final = 4_000
+REDIS_TIMEOUT_MS: Final = 2_000
 READY_S: Final = 60.0
 DRAIN_S: Final = 90.0  # after everything is healed, until all outboxes are empty
 STOP_S: Final = 30.0
@@ -75,10 +78,14 @@ class World(msgspec.Struct, frozen=True):
 
     @property
     def sources(self) -> list[Source]:
+        return self.sources_of(*(one.product for one in self.campaigns))
+
+    def sources_of(self, *products: str) -> list[Source]:
         return [
             Source(distributor, one.product, one.weight, one.terminals)
             for distributor in self.distributors
             for one in self.campaigns
+            if one.product in products
         ]
 
 
@@ -265,7 +272,7 @@ class Stage:
         if self.postgres is not None:
             self.postgres.start()
             self.postgres.sql("create database voucherd")
-        self._succeed("migrate")
+        self.succeed("migrate")
         for name, ops in (("serve-1", True), ("serve-2", True), ("work-1", False), ("work-2", False)):
             if name == "work-2" and self.store == "sqlite":
                 continue  # a lock says so
@@ -312,8 +319,10 @@ class Stage:
     @property
     def environment(self) -> dict[str, str]:
         return environment(
-            checkout=True, VOUCHERD_REDIS_URL=self.relay.url, VOUCHERD_STORE_URL=self.store_url, VOUCHERD_WORKERS="2",
-            **{"VOUCHERD_PLANNED_RATE": str(PLANNED_RATE), "VOUCHERD_STORE_OUTAGE_S": str(OUTAGE_S),
+            checkout=True, VOUCHERD_REDIS_URL=self.relay.url, VOUCHERD_STORE_URL=self.store_url,
+            **{"VOUCHERD_WORKERS": "2", "VOUCHERD_PLANNED_RATE": str(PLANNED_RATE),
+               "VOUCHERD_STORE_OUTAGE_S": str(OUTAGE_S),
+               "VOUCHERD_DEADLINE_MS": str(DEADLINE_MS), "VOUCHERD_REDIS_TIMEOUT_MS": str(REDIS_TIMEOUT_MS),
                "VOUCHERD_ACCEPT": "fsync,replicas,version", **self.settings},
         )  # fmt: skip
 
@@ -336,12 +345,12 @@ class Stage:
         file = self.directory / "world.json"
         distributors = [{"id": name} for name in self.world.distributors]
         file.write_text(json.dumps({"distributors": distributors, "pools": pools, "campaigns": campaigns}))
-        self._succeed("apply", str(file), "--yes")
+        self.succeed("apply", str(file), "--yes")
         for one in self.world.campaigns:
             if one.codes is not None:
                 codes = self.directory / f"{one.id}.csv"
                 codes.write_text("code\n" + "".join(f"{one.id}-{number:06}\n" for number in range(one.codes)))
-                self._succeed("codes", "import", one.id, str(codes))
+                self.succeed("codes", "import", one.id, str(codes))
         for name in self.world.distributors:
             self.tokens[name] = {f"{name}/1": self.new_token(name)}
 
@@ -352,23 +361,24 @@ class Stage:
             [self.voucherd, *arguments], env=self.environment, capture_output=True, text=True, timeout=READY_S
         )
 
-    def _succeed(self, *arguments: str) -> str:
+    def succeed(self, *arguments: str) -> str:
+        """What it printed.  Fails if it did not succeed."""
         done = self.command(*arguments)
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout
 
     def new_token(self, distributor: str) -> str:
-        return str(json.loads(self._succeed("token", "issue", distributor, "--json"))["token"])
+        return str(json.loads(self.succeed("token", "issue", distributor, "--json"))["token"])
 
     # --- load ----------------------------------------------------------------------------------------------------
 
     def load(self, name: str, *, seed: int, **how: object) -> Load:
         """A client that has begun."""
-        plan = Plan(
-            file=str(self.directory / f"{name}.calls"), prefix=name, seed=seed, ports=self.ports,
-            sources=self.world.sources, tokens=self.tokens, **how,
-        )  # type: ignore[arg-type]  # fmt: skip
-        self.loads.append(Load(plan))
+        given = {
+            "file": str(self.directory / f"{name}.calls"), "prefix": name, "seed": seed, "ports": self.ports,
+            "sources": self.world.sources, "tokens": self.tokens, **how,
+        }  # fmt: skip
+        self.loads.append(Load(Plan(**given)))  # type: ignore[arg-type]
         return self.loads[-1]
 
     # --- what goes wrong -----------------------------------------------------------------------------------------

@@ -30,15 +30,14 @@ class Past(msgspec.Struct):
     revoked: dict[str, float] = {}
     paused: list[Paused] = []
     incidents: set[str] = set()
-    parked: int = 0
+    forged: int = 0
     lost: int = 0
 
     @property
     def allowed(self) -> Allowances:
         of_faults = allowances(self.happened)
         return msgspec.structs.replace(
-            of_faults, revoked=self.revoked, paused=self.paused, incidents=self.incidents,
-            parked=of_faults.parked + self.parked,
+            of_faults, revoked=self.revoked, paused=self.paused, incidents=self.incidents, forged=self.forged
         )  # fmt: skip
 
 

@@ -1,0 +1,329 @@
+"""Each row of the table of faults alone, under load, on real processes.
+
+Those that find most for their time are tried in every run of the tests, the others (`long`) by `make chaos-rows`, which
+tries all of them on both stores and on Valkey and Redis.  Row 20 is in tests/acceptance/test_recover_store.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+
+from service.domain import Record
+from tests.chaos import power
+from tests.chaos.answers import Answers
+from tests.chaos.checker import Paused
+from tests.chaos.client import Order
+from tests.chaos.stage import Stage, until
+from tests.chaos.trial import Trial
+from tests.wire import Client
+
+pytestmark = pytest.mark.stage("postgresql", "sqlite")
+
+# What a client may be told while Redis is away: nothing of it says that a voucher was not issued.
+PATIENCE = {"503 store_unreachable", "503 refilling", "503 overloaded"}
+FINAL = {"200", "409 cap_reached", "409 exhausted", "422 key_reused"}
+CUT = {"reset", "refused"}  # what a client sees of a process that is gone
+
+# So long clients go on with what was revoked or paused.
+PROBE_S = 1.0
+
+
+def test_row_01_a_process_that_dies_before_it_answers_costs_and_doubles_nothing(trial: Trial) -> None:
+    with trial.load() as load:
+        for _ in range(2):
+            trial.happens("a process dies after the script, before the answer")
+            load.answered(20)
+        trial.happens("serving processes die")
+    assert trial.kinds["reset"] > 0
+    assert set(trial.kinds) <= FINAL | CUT
+
+
+@pytest.mark.long
+def test_row_02_no_lost_reply_of_redis_costs_or_doubles_a_voucher(trial: Trial) -> None:
+    with trial.load():
+        for _ in range(3):
+            trial.happens("replies of Redis are lost")
+    assert trial.stage.relay.lost > 0
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+def test_row_03_no_key_gets_two_codes_when_redis_stands_still(trial: Trial) -> None:
+    with trial.load():
+        trial.happens("Redis stands still", seconds=3.0)
+    assert trial.kinds["503 store_unreachable"] > 0
+    assert set(trial.kinds) <= FINAL | PATIENCE  # so nobody waited for longer than the client does
+
+
+@pytest.mark.long
+def test_row_04_nothing_is_lost_or_doubled_when_redis_dies_and_comes_back(trial: Trial) -> None:
+    with trial.load() as load:
+        trial.happens("Redis dies and comes back")
+        load.answered(50)
+        trial.happens("Redis is restarted")
+    assert set(trial.kinds) <= FINAL | PATIENCE  # LOADING and NOSCRIPT are hidden
+
+
+@pytest.mark.long
+def test_row_04_nothing_is_lost_or_doubled_when_redis_is_away_for_ten_seconds(trial: Trial) -> None:
+    with trial.load():
+        trial.happens("Redis dies and comes back", seconds=10.0)
+    assert trial.kinds["503 store_unreachable"] > 0
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+@pytest.mark.parametrize("fsync", ["always", pytest.param("everysec", marks=pytest.mark.long)])
+def test_row_05_no_power_cut_loses_what_was_told_and_one_that_does_is_seen(
+    new_stage: Callable[..., Stage], rng: random.Random, fsync: str
+) -> None:
+    if why := power.missing():
+        pytest.skip(why)
+    sees = pytest.raises(AssertionError, match="P2") if fsync == "everysec" else contextlib.nullcontext()
+    options = {"appendfsync": fsync} if fsync == "everysec" else {}  # the other is what all tests have
+    with new_stage("sqlite", "valkey", redis_options=options, through=power.watched, VOUCHERD_WORKERS="1") as stage:
+        trial = Trial(stage, ("sqlite", "valkey"), rng)
+        with sees, trial.load(first=200, rate=400.0):
+            trial.no_work()  # what is in the ledger is safe from this
+            time.sleep(rng.uniform(0.5, 1.0))
+            gone = power.cut(stage.redis)
+            stage.redis.start()
+    print(f"{fsync}: {gone} bytes were written and were not on the disk")
+    if fsync == "everysec":
+        assert gone > 0
+
+
+@pytest.mark.long
+def test_row_06_nothing_is_lost_or_doubled_when_the_disk_is_full(trial: Trial) -> None:
+    with trial.load():
+        before = trial.stage.redis.process
+        trial.happens("the disk of Redis is full")
+        assert trial.stage.redis.process is not before, "the disk was full"
+    assert trial.kinds["503 store_unreachable"] > 0
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+@pytest.mark.long
+def test_row_07_replays_go_on_and_nothing_is_half_done_when_memory_is_full(trial: Trial) -> None:
+    with trial.load(), trial.stage.admin() as admin:
+        known = trial.ask("full-known")
+        trial.happens("the memory of Redis is full")
+        admin.config_set("maxmemory", int(admin.info("memory")["used_memory"]) - 1)
+        new, again = trial.ask("full-new"), trial.ask("full-known")
+        admin.config_set("maxmemory", 0)
+    assert (new.status_code, new.json()["code"]) == (503, "overloaded")
+    assert (again.status_code, again.content) == (200, known.content)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert trial.ask("full-new").status_code == 200
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+@pytest.mark.long
+def test_row_08_nobody_notices_that_scripts_are_forgotten(trial: Trial) -> None:
+    with trial.load():
+        trial.happens("scripts are forgotten")
+    assert set(trial.kinds) <= FINAL
+
+
+def test_row_09_what_a_lagging_replica_did_not_know_is_in_quarantine(trial: Trial) -> None:
+    with trial.load() as load:
+        before = trial.past.lost
+        trial.happens("a lagging replica is promoted", cut_off=trial.no_work)  # what it lacks is nowhere else
+        load.answered(50)
+    assert trial.past.lost > before, "the replica lagged"
+
+
+@pytest.mark.long
+def test_row_10_a_restored_old_copy_is_noticed_before_the_first_issue(trial: Trial) -> None:
+    with trial.load() as load:
+        trial.no_work()
+        before = trial.past.lost
+        trial.happens("Redis is restored from an old copy")
+        load.answered(50)
+    assert trial.past.lost > before, "the copy was older"
+
+
+@pytest.mark.long
+def test_row_11_an_emptied_redis_is_no_reason_to_say_unavailable(trial: Trial) -> None:
+    with trial.load() as load:
+        trial.happens("Redis is empty")
+        load.answered(50)
+    assert set(trial.kinds) <= FINAL | PATIENCE  # and P4 says that no 409 was wrong
+
+
+def test_row_12_issuing_goes_on_while_the_store_is_away_and_nothing_is_lost(trial: Trial) -> None:
+    sources = trial.stage.world.sources_of("PAY", "TRM")
+    with trial.load(sources=sources, rate=100.0) as load:
+        trial.happens("the store is away", seconds=4.0)
+        load.answered(20)
+    assert set(trial.kinds) <= FINAL  # a window holds ten seconds of twice this rate, the outbox far more
+
+
+@pytest.mark.long
+@pytest.mark.stage("postgresql")
+def test_row_12_at_the_bound_new_requests_are_refused_and_replays_go_on(trial: Trial) -> None:
+    sources = trial.stage.world.sources_of("PAY")
+    with trial.load(sources=sources, rate=400.0) as load:
+        known = trial.ask("bound-known")
+        assert trial.stage.postgres is not None
+        trial.stage.postgres.stop()
+        until(lambda: load.progress.kinds.get("503 refilling", 0) + load.progress.kinds.get("503 overloaded", 0), "it")
+        again = trial.ask("bound-known")
+        refused = trial.ask("bound-new")
+        trial.stage.postgres.start()
+    assert (again.status_code, again.content) == (200, known.content)
+    assert refused.status_code == 503
+    assert trial.ask("bound-new").status_code == 200
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+@pytest.mark.stage("postgresql")
+def test_row_13_what_was_committed_is_there_after_the_store_died(trial: Trial) -> None:
+    with trial.load() as load:
+        for _ in range(3):
+            trial.happens("the store dies")
+            load.answered(50)
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+@pytest.mark.long
+def test_row_14_a_worker_that_dies_before_it_acknowledges_writes_nothing_twice(trial: Trial) -> None:
+    with trial.load() as load:
+        for _ in range(2):
+            trial.happens("a worker dies between commit and acknowledge")
+            load.answered(20)
+        trial.happens("workers die")
+    assert set(trial.kinds) <= FINAL
+
+
+@pytest.mark.long
+@pytest.mark.stage("postgresql")
+def test_row_15_what_a_sleeping_worker_had_read_is_not_written_twice(trial: Trial) -> None:
+    with trial.load():
+        trial.happens("a worker sleeps past the claim")
+    assert set(trial.kinds) <= FINAL
+
+
+def test_row_17_nothing_is_issued_after_a_revocation_or_a_pause_has_returned(trial: Trial) -> None:
+    stage, distributor = trial.stage, trial.stage.world.distributors[0]
+    [(old_name, old)] = stage.tokens[distributor].items()
+    with trial.load(lanes=32) as load:
+        new = stage.new_token(distributor)
+        made = trial.ask("token-made", token=new)
+        assert made.status_code == 200, "a token that was made works at once"
+        new_name = f"{distributor}/{time.time():.0f}"
+        load.order(Order(tokens={**stage.tokens, distributor: {old_name: old, new_name: new}}))
+        load.answered(20)
+        stage.succeed("token", "revoke", "--token", old)
+        trial.past.revoked[old_name] = time.time()
+        time.sleep(PROBE_S)
+        stage.tokens[distributor] = {new_name: new}
+        load.order(Order(tokens=stage.tokens))
+        stage.succeed("campaign", "pause", "PLENTY")
+        since = time.time()
+        time.sleep(PROBE_S)
+        trial.past.paused.append(Paused("PLENTY", since, time.time()))
+        stage.succeed("campaign", "resume", "PLENTY")
+        assert trial.ask("resumed").status_code == 200, "a campaign that was resumed issues at once"
+    assert trial.kinds["401 token_unknown"] > 0
+    assert trial.kinds["409 not_running"] > 0
+    assert set(trial.kinds) <= FINAL | {"401 token_unknown", "409 not_running"}
+
+
+@pytest.mark.long
+@pytest.mark.stage("postgresql")
+def test_row_19_slow_and_silent_clients_take_nothing_from_others(trial: Trial) -> None:
+    """What others wait for is measured with and without them; a tenth of a second is nothing on a busy machine."""
+
+    def p99(begin: float, end: float) -> float:
+        answers = Answers([load.file])
+        assert not answers.odd
+        waits = sorted(wait for at, wait in answers.waits if begin <= at < end)
+        assert len(waits) > 100
+        return waits[int(0.99 * len(waits))]
+
+    with trial.load() as load:
+        began = time.time()
+        time.sleep(4.0)
+        slow = [Client(("127.0.0.1", port)) for port in trial.stage.ports for _ in range(250)]
+        with_them = time.time()
+        for number, client in enumerate(slow):
+            client.socket.sendall(b"" if number % 2 else b"POST /api/v1/voucher/request HTTP/1.1\r\nHost: x\r\n")
+        time.sleep(4.0)
+        ended = time.time()
+        for client in slow:
+            client.socket.close()
+    without, beside = p99(began, with_them), p99(with_them, ended)
+    print(f"p99 {without * 1e3:.1f} ms without them, {beside * 1e3:.1f} ms beside them")
+    assert beside <= max(2 * without, 0.1)
+    assert set(trial.kinds) <= FINAL
+
+
+@pytest.mark.long
+def test_row_21_a_server_that_was_a_replica_is_not_trusted(trial: Trial) -> None:
+    with trial.stage.admin() as admin:
+        before = int(admin.hget("{0}:generation", "open") or 0)
+    with trial.load() as load:
+        trial.happens("Redis was demoted and promoted")
+        load.answered(50)
+    assert trial.evidence.generation > before, "the generation was left"
+
+
+def test_row_16_what_nobody_should_have_written_holds_nothing_up(trial: Trial) -> None:
+    """The last of its stage: a code that was given twice stays on record."""
+    stage, world = trial.stage, trial.stage.world
+    with trial.load(sources=world.sources_of("PAY")) as load:
+        trial.happens("a malformed entry is in the outbox")
+        trial.no_work()
+        load.answered(20)
+        trial.happens("entries come twice")
+        trial.no_work()
+        given = trial.ask("given", product="TRM", terminal="T-forger").json()
+        with stage.admin() as admin:
+            generation = admin.hget("{0}:generation", "open")
+            outbox, totals = f"{{0}}:{generation}:outbox", f"{{0}}:{generation}:totals"
+            [fields] = [entry for _, entry in admin.xrange(outbox) if given["voucher_code"] in entry.get("issued", "")]
+            [text] = [one for one in fields["issued"].split("\x1e") if given["voucher_code"] in one]
+            assert Record.unpack_entry(text).key == "given"
+            with admin.pipeline(transaction=True) as pipe:  # as issue would have, had it given the code twice
+                seq = admin.hincrby(totals, "seq", 1)
+                pipe.xadd(outbox, {
+                    "generation": generation, "seq": seq, "codes": 1, "asides": "",
+                    "issued": text.replace("\ngiven\n", "\nforged\n"),
+                })  # fmt: skip
+                pipe.hincrby(totals, "codes", 1)
+                pipe.execute()
+        trial.past.incidents.add("double_issue")
+        trial.past.forged += 1
+        stage.mend()
+        asked = (trial.ask(f"paused-{n}", product="TRM", terminal=f"T-{n}") for n in itertools.count())
+        until(lambda: next(asked).json().get("code") == "not_running", "a pause of the campaign")
+        load.answered(20)
+    assert [(kind, subject) for kind, subject, _ in trial.evidence.incidents] == [("double_issue", "TERMINAL")]
+    assert trial.evidence.issued[given["voucher_code"]].key[1] == "given"
+    assert trial.evidence.parked == 1
+    assert set(trial.kinds) <= FINAL, "the rest went on"
+
+
+@pytest.mark.parametrize(
+    ("calls", "on_disk"),
+    [
+        (["1  write(7, ''..., 10) = 10", "1  fdatasync(7) = 0", "1  write(7, ''..., 5) = 5"], 10),
+        (["1  write(7, ''..., 10) = 10", "1  fdatasync(7 <unfinished ...>", "1  +++ killed by SIGKILL +++"], 0),
+        (
+            ["1  write(7, ''..., 10) = 10", "2  fdatasync(7 <unfinished ...>", "1  write(7, ''..., 5) = 5",
+             "2  <... fdatasync resumed>) = 0"],
+            10,
+        ),
+        (["1  write(7, ''..., 10) = 4", "1  write(7, ''..., 6) = -1 ENOSPC", "1  fdatasync(7) = 0"], 4),
+        (["1  write(7, ''..., 10) = 10", "1  fdatasync(7) = -1 EIO"], 0),
+    ],
+)  # fmt: skip
+def test_only_what_was_written_before_a_completed_fdatasync_began_is_on_the_disk(
+    calls: list[str], on_disk: int
+) -> None:
+    assert power.on_disk(calls) == on_disk
