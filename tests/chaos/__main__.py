@@ -93,7 +93,7 @@ def run(
             settle(stage, load)
         except Stuck as error:
             stuck.append(str(error))
-        answers, evidence, verdict = judge(stage, allowances(nemesis.happened))
+        answers, evidence, verdict = judge(stage, allowances(stage, nemesis.happened))
         return report(
             seed, time.time() - began, store, binary.name, answers, evidence, verdict, nemesis.happened, stuck
         )

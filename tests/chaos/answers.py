@@ -56,6 +56,7 @@ class Answers:
         self.unanswered: set[Key] = set()  # keys whose last word is not final
         self.refusals: list[Refusal] = []
         self.last_success: dict[str, float] = {}  # by token: when the last call began that got a voucher with it
+        self.refused_tokens = Counter[str]()
         self.odd: list[str] = []
         self.waits: list[tuple[float, float]] = []  # of final answers: when they were there, and seconds since the call
         self.outage_s = 0.0  # longest time without a final answer although some were wanted
@@ -117,5 +118,7 @@ class Answers:
                 asked.refused = asked.refused or answer.at
         elif answer.status == 409:
             self.refusals.append(Refusal(call.at, answer.at, key, call.product, call.terminal, answer.code))
-        elif answer.status != 401:
+        elif answer.code == "token_unknown":
+            self.refused_tokens[call.token] += 1
+        else:
             self.odd.append(f"{answer.status} {answer.code} to {call.key} at {answer.at:.3f}")

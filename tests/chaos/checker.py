@@ -10,15 +10,12 @@ import msgspec
 
 from tests.chaos.answers import Answers, Key
 from tests.chaos.evidence import Evidence
-from tests.chaos.stage import Campaign, World
+from tests.chaos.stage import Campaign, Paused, World
 
 PROMISES: Final = ("P1", "P2", "P3", "P4", "P5", "P6", "P8")
 
 # A Redis server and the client need not have the same clock to the microsecond.
 CLOCK_S: Final = 0.01
-
-# What a command that pauses or resumes takes at most; meanwhile both answers are right.
-PAUSING_S: Final = 5.0
 
 
 class Loss(msgspec.Struct, frozen=True):
@@ -28,19 +25,13 @@ class Loss(msgspec.Struct, frozen=True):
     until: float
 
 
-class Paused(msgspec.Struct, frozen=True):
-    """Of a campaign: when the command that paused it had returned, and when the one that resumed it was begun."""
-
-    campaign: str
-    since: float
-    until: float
-
-
 class Allowances(msgspec.Struct, frozen=True):
-    """What was done on purpose: ``revoked`` tokens by when that was in force; ``incidents`` and ``parked`` that were
-    provoked; ``forged``: codes that an outbox entry had given once more, by which the audit's books are off."""
+    """What was done on purpose: tokens that may be refused (``revoking``), and those that must be since when
+    (``revoked``); campaigns that were ``paused``; ``incidents`` and ``parked`` entries that were provoked; ``forged``:
+    codes that an outbox entry had given once more, by which the audit's books are off."""
 
     losses: Sequence[Loss] = ()
+    revoking: Collection[str] = ()
     revoked: dict[str, float] = {}
     paused: Sequence[Paused] = ()
     incidents: Collection[str] = ()
@@ -163,7 +154,7 @@ def _p4(found: list[str], answers: Answers, evidence: Evidence, world: World, al
             ):
                 found.append(f"{one.key} was told that the cap of {campaign.id} is reached: {used[campaign.id]} issued")
         elif one.code == "not_running" and any(
-            pause.campaign == campaign.id and one.at >= pause.since - PAUSING_S and one.began <= pause.until + PAUSING_S
+            pause.campaign == campaign.id and one.at >= pause.begun - CLOCK_S and one.began <= pause.ended + CLOCK_S
             for pause in allowed.paused
         ):
             continue
@@ -187,7 +178,13 @@ def _p5(found: list[str], evidence: Evidence) -> None:
 
 
 def _p6(found: list[str], answers: Answers, allowed: Allowances) -> None:
-    """A revoked token, a paused campaign: no success for a request that began later."""
+    """A revoked token, a paused campaign: no success for a request that began later.  One that is in force: no
+    refusal."""
+    found += [
+        f"{token} was refused {times} times, and nobody had revoked it"
+        for token, times in answers.refused_tokens.items()
+        if token not in allowed.revoking
+    ]
     for token, at in allowed.revoked.items():
         if (last := answers.last_success.get(token, 0.0)) > at:
             found.append(f"{token}, revoked at {at:.3f}, was good for a request that began at {last:.3f}")

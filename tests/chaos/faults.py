@@ -6,6 +6,8 @@ programs are started again by whoever called it (``Stage.mend``).
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import resource
@@ -20,13 +22,17 @@ import msgspec
 import redis
 
 from service.worker.flush import CLAIM_AFTER_MS
-from tests.chaos.stage import OUTAGE_S, Program, Stage, Store, Stuck, until
+from tests.chaos.stage import OUTAGE_S, Paused, Program, Stage, Store, Stuck, until
 from tests.servers import free_port
 
 Happening = Callable[[Stage, random.Random], Any]
 
 # Which of these are never injected at the same time: each needs the thing that it breaks to be whole.
 Place = Literal["redis", "store", "process"]
+
+# So long clients go on with what was revoked or paused, and so long a command may be refused while all is broken.
+PROBE_S: Final = 0.7
+RESUME_S: Final = 60.0
 
 POINT_S: Final = 5.0  # a crash point that no process has come to by then is taken away
 FULL_BYTES: Final = 50_000  # of commands and of memory, after which the disk or the memory is full
@@ -331,6 +337,45 @@ def entries_come_twice(stage: Stage, rng: random.Random) -> None:
                     pipe.execute()
 
 
+# --- what operators do -------------------------------------------------------------------------------------------
+
+
+def a_token_is_revoked(stage: Stage, rng: random.Random) -> bool:
+    """Clients have another one by then and go on with both for a moment; False if the commands could not be done."""
+    distributor = rng.choice(stage.world.distributors)
+    [(old_name, old)] = stage.tokens[distributor].items()
+    made = stage.command("token", "issue", distributor, "--json")
+    if made.returncode != 0:
+        return False
+    new_name, new = f"{distributor}/{time.time():.3f}", str(json.loads(made.stdout)["token"])
+    stage.use_tokens(distributor, {old_name: old, new_name: new})
+    time.sleep(PROBE_S)
+    stage.revoking.add(old_name)
+    done = stage.command("token", "revoke", "--token", old)
+    if done.returncode == 0:
+        stage.revoked[old_name] = time.time()
+    time.sleep(PROBE_S)
+    stage.use_tokens(distributor, {new_name: new})
+    return done.returncode == 0
+
+
+def a_campaign_is_paused(stage: Stage, rng: random.Random, campaign: str = "") -> bool:
+    """For a moment; False if it could not be."""
+    campaign = campaign or rng.choice(stage.world.campaigns).id
+    begun = time.time()
+    paused = stage.command("campaign", "pause", campaign).returncode == 0
+    since = time.time() if paused else math.inf
+    time.sleep(PROBE_S)
+    while True:  # until then nobody knows whether it is
+        until_ = time.time()
+        if stage.command("campaign", "resume", campaign).returncode == 0:
+            break
+        if until_ > begun + RESUME_S:
+            raise Stuck(f"{campaign} can't be resumed")
+    stage.paused.append(Paused(campaign, begun, since, until_, time.time()))
+    return paused
+
+
 def together(*happenings: Happening) -> Happening:
     """All of them at the same time."""
 
@@ -394,6 +439,8 @@ FAULTS: Final = (
     Fault("a worker dies while it restores records", 0, "redis", together(dies_at("restore-before"), redis_dies)),
     Fault("a worker sleeps past the claim", 15, "process", a_worker_sleeps_past_the_claim),
     Fault("all workers are away", 12, "process", all_workers_are_away),
+    Fault("a token is revoked", 17, "process", a_token_is_revoked),
+    Fault("a campaign is paused", 17, "process", a_campaign_is_paused),
     Fault("a malformed entry is in the outbox", 16, "process", a_malformed_entry),
     Fault("entries come twice", 16, "process", entries_come_twice),
 )

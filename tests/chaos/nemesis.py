@@ -85,7 +85,7 @@ def inject(stage: Stage, fault: Fault, rng: random.Random, **how: Any) -> Happen
         if fault.loses:
             since = float(done)
         elif done is False:
-            missed = "no process came there"
+            missed = "nothing was there for it"
     except (redis.RedisError, subprocess.TimeoutExpired) as error:  # another fault was there before
         missed = type(error).__name__
     until = time.time()
@@ -95,10 +95,13 @@ def inject(stage: Stage, fault: Fault, rng: random.Random, **how: Any) -> Happen
     return Happened(fault.name, fault.row, began, until, time.time(), since, missed)
 
 
-def allowances(happened: list[Happened]) -> Allowances:
-    """What the checker has to know of these faults."""
+def allowances(stage: Stage, happened: list[Happened]) -> Allowances:
+    """What the checker has to know of these faults and of what operators did."""
     malformed = {one.name for one in FAULTS if one.happen is a_malformed_entry}
     return Allowances(
         losses=[Loss(one.lost_since, one.until) for one in happened if one.lost_since],
+        revoking=stage.revoking,
+        revoked=stage.revoked,
+        paused=stage.paused,
         parked=sum(one.name in malformed and not one.missed for one in happened),
     )

@@ -67,6 +67,17 @@ class Campaign(msgspec.Struct, frozen=True):
     terminals: int = 1_000
 
 
+class Paused(msgspec.Struct, frozen=True):
+    """Of a campaign, Unix seconds: when the command that paused it was ``begun`` and had returned (``since``; infinite
+    if it failed), when the one that resumed it was begun (``until``) and had returned (``ended``)."""
+
+    campaign: str
+    begun: float
+    since: float
+    until: float
+    ended: float
+
+
 class World(msgspec.Struct, frozen=True):
     """Who sells what.  Every distributor sells every product, each of which belongs to one campaign."""
 
@@ -240,7 +251,10 @@ class Stage:
         self.ops_ports: list[int] = []
         self.programs: list[Program] = []
         self.loads: list[Load] = []
-        self.tokens: dict[str, dict[str, str]] = {}
+        self.tokens: dict[str, dict[str, str]] = {}  # of each distributor by our names, as clients use them now
+        self.revoking: set[str] = set()  # names of tokens that may be refused
+        self.revoked: dict[str, float] = {}  # since when they must be
+        self.paused: list[Paused] = []
         self._closing = contextlib.ExitStack()
         self._loop = asyncio.new_event_loop()
 
@@ -369,6 +383,13 @@ class Stage:
 
     def new_token(self, distributor: str) -> str:
         return str(json.loads(self.succeed("token", "issue", distributor, "--json"))["token"])
+
+    def use_tokens(self, distributor: str, tokens: dict[str, str]) -> None:
+        """Clients use these from now on."""
+        self.tokens = {**self.tokens, distributor: tokens}
+        for load in self.loads:
+            if not load.progress.over:
+                load.order(Order(tokens=self.tokens))
 
     # --- load ----------------------------------------------------------------------------------------------------
 

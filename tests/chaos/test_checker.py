@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from tests.chaos.answers import Answers
-from tests.chaos.checker import Allowances, Loss, Paused, Verdict, check
+from tests.chaos.checker import Allowances, Loss, Verdict, check
 from tests.chaos.evidence import Evidence, Issued
-from tests.chaos.stage import Campaign, World
+from tests.chaos.stage import Campaign, Paused, World
 
 WORLD = World(
     ("D",),
@@ -130,6 +130,7 @@ BREAKS: dict[str, tuple[str, Callable[[Scene], object]]] = {
     "codes that are missing from a window": ("P5", lambda on: on.evidence.held.subtract(PLENTY=1)),
     "more codes gone than were leased": ("P5", lambda on: on.evidence.quarantine.update(PLENTY=-1)),
     "a revoked token that is good": ("P6", lambda on: on.voucher("K-3", "C-3", token="revoked", at=201.0)),
+    "a good token that is refused": ("P6", lambda on: on.call("K-3", 401, "token_unknown")),
     "a paused campaign that issues": ("P6", lambda on: on.voucher("K-3", "C-3", at=251.0)),
     "a campaign's cap exceeded": (
         "P8",
@@ -149,7 +150,10 @@ BREAKS: dict[str, tuple[str, Callable[[Scene], object]]] = {
 }
 
 ALLOWED = Allowances(
-    losses=[Loss(300.0, 310.0)], revoked={"revoked": 200.0}, paused=[Paused("PLENTY", 250.0, 260.0)], incidents=()
+    losses=[Loss(300.0, 310.0)],
+    revoking=["revoked"],
+    revoked={"revoked": 200.0},
+    paused=[Paused("PLENTY", 249.0, 250.0, 260.0, 261.0)],
 )
 
 
@@ -162,7 +166,7 @@ def test_no_broken_promise_passes(scene: Scene, how: str) -> None:
     assert verdict.broken
 
 
-@pytest.mark.parametrize("how", [(500, "internal"), (404, "not_found"), (0, "reset")])
+@pytest.mark.parametrize("how", [(500, "internal"), (404, "not_found"), (403, "distributor_mismatch"), (0, "reset")])
 def test_no_answer_that_nothing_excuses_passes(scene: Scene, how: tuple[int, str]) -> None:
     scene.call("K-3", *how)
     verdict = scene.verdict(ALLOWED)
@@ -183,6 +187,7 @@ def test_what_is_whole_passes(scene: Scene) -> None:
     refused(scene, "cap_reached", "CAP")
     refused(scene, "cap_reached", "HOL")
     refused(scene, "not_running", "PAY", at=251.0)
+    scene.call("K-10", 401, "token_unknown", token="revoked", at=199.5)
     verdict = scene.verdict(ALLOWED)
     assert not verdict.broken, verdict
     assert verdict.lost == 0
@@ -230,6 +235,8 @@ def test_a_call_that_was_never_answered_is_no_final_answer(scene: Scene, tmp_pat
 def test_what_was_provoked_is_no_violation(scene: Scene) -> None:
     scene.evidence.incidents.append(("double_issue", "PLENTY", 1))
     scene.evidence.parked = 2
-    allowed = msgspec.structs.replace(ALLOWED, incidents=("double_issue",), parked=2)
+    scene.evidence.findings.append(("P1", "lot 1, seq 2: given twice: in generation 2"))
+    scene.evidence.findings.append(("P5", "generation 2: more codes than left the windows {'too_many': 1}"))
+    allowed = msgspec.structs.replace(ALLOWED, incidents=("double_issue",), parked=2, forged=1)
     assert not scene.verdict(allowed).broken
     assert scene.verdict(msgspec.structs.replace(allowed, parked=3)).broken

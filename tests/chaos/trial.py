@@ -13,7 +13,7 @@ import httpx
 import msgspec
 
 from tests.chaos.answers import Answers
-from tests.chaos.checker import Allowances, Paused, Verdict
+from tests.chaos.checker import Verdict
 from tests.chaos.evidence import Evidence
 from tests.chaos.faults import FAULTS
 from tests.chaos.judge import assert_kept, judge, settle
@@ -27,18 +27,9 @@ class Past(msgspec.Struct):
     """What was done to a stage so far, by all trials on it; ``lost``: vouchers that are in quarantine by now."""
 
     happened: list[Happened] = []
-    revoked: dict[str, float] = {}
-    paused: list[Paused] = []
     incidents: set[str] = set()
     forged: int = 0
     lost: int = 0
-
-    @property
-    def allowed(self) -> Allowances:
-        of_faults = allowances(self.happened)
-        return msgspec.structs.replace(
-            of_faults, revoked=self.revoked, paused=self.paused, incidents=self.incidents, forged=self.forged
-        )  # fmt: skip
 
 
 class Trial:
@@ -69,7 +60,10 @@ class Trial:
 
     def check(self) -> None:
         """Fails unless every promise was kept to all clients of this stage."""
-        self.answers, self.evidence, self.verdict = judge(self.stage, self.past.allowed)
+        allowed = msgspec.structs.replace(
+            allowances(self.stage, self.past.happened), incidents=self.past.incidents, forged=self.past.forged
+        )
+        self.answers, self.evidence, self.verdict = judge(self.stage, allowed)
         self.past.lost = self.verdict.lost
         assert_kept(self.verdict)
 
