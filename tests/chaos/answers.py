@@ -14,8 +14,9 @@ Key = tuple[str, str]  # distributor, request id
 
 
 class Voucher(msgspec.Struct, frozen=True, gc=False):
-    """One answer with a voucher; ``at``: when it was there."""
+    """One answer with a voucher: when its call ``began``, and ``at`` when it was there."""
 
+    began: float
     at: float
     body: str
     code: str
@@ -107,7 +108,7 @@ class Answers:
         asked = self.keys[key]
         asked.began = min(asked.began, call.at)
         if answer.status == 200:
-            voucher = Voucher(answer.at, answer.body, answer.voucher, answer.serial, answer.campaign)
+            voucher = Voucher(call.at, answer.at, answer.body, answer.voucher, answer.serial, answer.campaign)
             if call.changed:
                 asked.changed = (*asked.changed, voucher)
             elif all(one.body != voucher.body for one in asked.told):

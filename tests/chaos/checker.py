@@ -19,7 +19,8 @@ CLOCK_S: Final = 0.01
 
 
 class Loss(msgspec.Struct, frozen=True):
-    """A fault that no copy of the outbox survived: what was told in this time (Unix seconds) may be in quarantine."""
+    """A fault that no copy of the outbox survived: what was told after ``since`` to a call that began before ``until``
+    (Unix seconds) may be in quarantine.  Not what was told before ``until``: an answer may still be on its way then."""
 
     since: float
     until: float
@@ -109,11 +110,13 @@ def _p2(
     for code, place in evidence.places.items():
         for key in codes[code]:
             asked = answers.keys[key]
-            at = next(one.at for one in (*asked.told, *asked.changed) if one.code == code)
-            if place == "quarantine" and any(loss.since - CLOCK_S <= at <= loss.until for loss in allowed.losses):
+            told = next(one for one in (*asked.told, *asked.changed) if one.code == code)
+            if place == "quarantine" and any(
+                told.at >= loss.since - CLOCK_S and told.began <= loss.until for loss in allowed.losses
+            ):
                 lost.add(code)
             else:
-                found.append(f"{code}, told to {key} at {at:.3f}, is not in the ledger: {place}")
+                found.append(f"{code}, told to {key} at {told.at:.3f}, is not in the ledger: {place}")
     return lost
 
 

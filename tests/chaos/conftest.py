@@ -111,6 +111,6 @@ def trial(
     stage = standing[-1].stage if standing else new_stage(*where).__enter__()
     standing.append(Trial(stage, where, rng, past=standing[-1].past if standing else None))
     yield standing[-1]
-    if request.node.stash.get(FAILED, False):
+    if request.node.stash.get(FAILED, False) or standing[-1].spoilt:
         stage.__exit__()
         standing.clear()

@@ -19,9 +19,9 @@ SHOWN: Final = 20  # violations of one promise that are told one by one
 
 
 class Report(msgspec.Struct, frozen=True):
-    """``answers`` by status and problem, ``vouchers`` different ones that clients were told, ``lost`` of those were in
-    quarantine at the end; ``outage_s`` the longest time without a final answer although some were wanted, and what was
-    broken then."""
+    """``answers`` by status and problem; ``vouchers``: different ones that clients were told, of which ``lost`` were in
+    quarantine at the end; ``outage_s``: the longest time without a final answer although some were wanted, and what was
+    broken then; ``happened``: every fault, in the order of their ends."""
 
     seed: int
     seconds: float
@@ -45,6 +45,7 @@ class Report(msgspec.Struct, frozen=True):
     parked: int
     defects: list[str]
     stuck: list[str]
+    happened: list[Happened]
 
     @property
     def broken(self) -> bool:
@@ -90,6 +91,7 @@ def report(
         parked=evidence.parked,
         defects=verdict.defects[:SHOWN],
         stuck=stuck,
+        happened=list(happened),
     )
 
 

@@ -24,12 +24,13 @@ import redis
 from sqlalchemy.engine import make_url
 
 from tests.acceptance.test_up import environment, voucherd
-from tests.chaos import points
 from tests.chaos.client import Order, Plan, Progress, Source
 from tests.relay import Relay
 from tests.servers import PostgresServer, RedisServer, free_port
 
 Store = Literal["postgresql", "sqlite"]
+
+POINTS: Final = Path(__file__).parent / "points"  # on PYTHONPATH: crash points
 
 PLANNED_RATE: Final = 50
 OUTAGE_S: Final = 10
@@ -295,7 +296,7 @@ class Stage:
                 self.ports.append(free_port())
                 self.ops_ports.append(free_port())
                 ports = {"VOUCHERD_PORT": str(self.ports[-1]), "VOUCHERD_OPS_PORT": str(self.ops_ports[-1])}
-            where = os.pathsep.join((str(Path(points.__path__[0])), self.environment["PYTHONPATH"]))
+            where = os.pathsep.join((str(POINTS), self.environment["PYTHONPATH"]))
             own = {**self.environment, **ports, "PYTHONPATH": where, "CHAOS_POINTS": str(self.points)}
             self.programs.append(Program(name, own, self.directory / f"{name}.log"))
         for program in self.works:

@@ -39,6 +39,7 @@ class Trial:
     def __init__(self, stage: Stage, where: tuple[Store, str], rng: random.Random, past: Past | None = None) -> None:
         self.stage, self.where, self.rng = stage, where, rng
         self.past = past or Past()
+        self.spoilt = False  # nobody after it can have the stage
         self.kinds = Counter[str]()
         self.answers: Answers
         self.evidence: Evidence

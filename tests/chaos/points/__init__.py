@@ -1,1 +1,0 @@
-"""Crash points: a directory for PYTHONPATH."""
