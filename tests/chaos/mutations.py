@@ -92,7 +92,7 @@ MUTATIONS: Final = (
             await conn.execute(insert, [dict(zip(_INSERTED[table], row, strict=True)) for row in some])
 """,
         f"{ROWS}test_row_16_what_nobody_should_have_written_holds_nothing_up[postgresql-valkey]",
-        red="a pause of the campaign",
+        red=r"Stuck: a pause of the campaign",
     ),
 )
 
