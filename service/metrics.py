@@ -1,39 +1,65 @@
 """Every Prometheus instrument, declared once.
 
 Processes run in prometheus_client's multi-process mode when ``PROMETHEUS_MULTIPROC_DIR`` is set before this module
-is imported: each writes its values to files in that directory, and ``exposition`` sums the files.  In that mode one
+is imported: each writes its values to files in that directory, and ``service.exposition`` sums them.  In that mode one
 increment costs about 2 us, so what happens once a request is counted in a ``Tally``, in plain integers, and reaches
 its instruments twice a second; what happens once a batch or less often is counted at once.
 
-No label holds anything that a client chose: labels are pools, scripts, and codes of answers.
+No label holds anything that a client chose: labels are names of the catalogue, scripts, and codes of answers.  The
+names of campaigns and distributors are the only ones that grow with use; NAMES_MAX bounds them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.registry import Collector
+
+from service import __version__
 
 DIRECTORY_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for it
 
 # Seconds.  Half a millisecond is an idle service on this kind of machine; the last ones are the deadline's.
 SECONDS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # requests; 256 vouchers is the bound of a batch
+# Seconds from the answer to the ledger: a flush comes every 0.2 s; an outage of the store lasts minutes.
+LAGS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+
+# Campaigns, and distributors, that have series of their own in one process, some 5 codes each: 10,000 series are
+# scraped in 200 ms (tests/unit/test_metrics.py).  What comes later is counted under OTHERS, which no name can be.
+NAMES_MAX: Final = 1_000
+OTHERS: Final = "(others)"
+
+# Kinds of answers that one step of a flush adds up: 0.3 ms, some 5 when their series are new.
+FLUSHED_AT_ONCE: Final = 50
 
 # --- serving: the edge
 
 requests = Counter("voucherd_requests", "Requests answered", ["api", "status", "code"])  # by Tally
 request_seconds = Histogram(
     "voucherd_request_seconds", "Seconds from the moment a request is taken up to its answer", ["api"], buckets=SECONDS
+)  # by Tally
+campaign_requests = Counter(
+    "voucherd_campaign_requests", "Requests by the campaign that issued, or that was considered first, and by answer",
+    ["campaign", "code"],
+)  # by Tally  # fmt: skip
+distributor_requests = Counter(
+    "voucherd_distributor_requests", "Requests of distributors whose credential was confirmed, by answer",
+    ["distributor", "code"],
+)  # by Tally  # fmt: skip
+credentials_refused = Counter(
+    "voucherd_credentials_refused", "Tokens, clients and secrets that were refused (401, 403)", ["api", "code"]
 )  # by Tally
 requests_malformed = Counter(
     "voucherd_requests_malformed", "Requests refused because they broke the rules or bounds of HTTP", ["code"]
@@ -55,8 +81,7 @@ guard_refusals = Counter(
 refill_waits = Counter("voucherd_refill_waits", "Requests that waited for a window to be refilled")
 fence_checks = Counter("voucherd_fence_checks", "Bare fence checks, made when no batch was on its way")
 catalogue_version = Gauge(
-    "voucherd_catalogue_version", "Version of the catalogue in use, the lowest of all processes of a role", ["role"],
-    multiprocess_mode="livemin",
+    "voucherd_catalogue_version", "Version of the catalogue in use, by process", ["role"], multiprocess_mode="liveall"
 )  # fmt: skip
 catalogue_loads = Counter("voucherd_catalogue_loads", "Catalogues loaded by processes")
 script_seconds = Histogram(
@@ -73,7 +98,24 @@ set_aside = Counter(
 )
 parked = Counter("voucherd_parked_entries", "Malformed outbox entries put aside; should stay 0")
 incidents = Counter("voucherd_incidents", "Incidents raised, also of codes that a roll left; should stay 0", ["kind"])
+for _kind in ("double_issue", "forked_lease", "quarantine"):
+    incidents.labels(_kind)  # there from the start, so that the first one is an increase
 leased = Counter("voucherd_leased_codes", "Codes leased to windows", ["pool"])
+flush_seconds = Histogram(
+    "voucherd_flush_seconds", "Seconds of one flush from outbox to ledger, without the wait for entries",
+    buckets=SECONDS,
+)  # fmt: skip
+flush_lag_seconds = Histogram(
+    "voucherd_flush_lag_seconds", "Seconds that the oldest entry of a flush was in the outbox", buckets=LAGS
+)
+lease_seconds = Histogram("voucherd_lease_seconds", "Seconds of leasing codes in the store", buckets=SECONDS)
+refill_seconds = Histogram(
+    "voucherd_refill_seconds", "Seconds from asking the store for codes until they are in a window", buckets=SECONDS
+)
+loop_timestamp_seconds = Gauge(
+    "voucherd_loop_timestamp_seconds", "Unix time at which a loop of the worker last ended a step without a fault",
+    ["loop"], multiprocess_mode="max",
+)  # fmt: skip
 outbox_codes = Gauge(
     "voucherd_outbox_codes", "Codes in the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"
 )
@@ -96,6 +138,36 @@ outage_lasts_seconds = Gauge(
     "voucherd_outage_lasts_seconds", "Seconds that issuing would go on now without the store, at the planned rate",
     ["partition"], multiprocess_mode="livemin",
 )  # fmt: skip
+pool_empty_in_seconds = Gauge(
+    "voucherd_pool_empty_in_seconds",
+    "Seconds until stock and window of a pool in use are empty at the burn rate of the last minute; +Inf if it is 0",
+    ["pool"], multiprocess_mode="livemin",
+)  # fmt: skip
+conservation_difference = Gauge(
+    "voucherd_conservation_difference_codes",
+    "Codes by which the books are off: in windows, between windows and ledger, in stock; should stay 0",
+    ["partition", "books"], multiprocess_mode="livemax",
+)  # fmt: skip
+catalogue_stored = Gauge(
+    "voucherd_catalogue_stored_version", "Version of the catalogue in the store", ["partition"],
+    multiprocess_mode="livemax",
+)  # fmt: skip
+fence_version = Gauge(
+    "voucherd_fence_version", "Lowest version of the catalogue that the scripts accept, -1 if there is none",
+    ["partition"], multiprocess_mode="livemax",
+)  # fmt: skip
+redis_memory_bytes = Gauge(
+    "voucherd_redis_memory_bytes", "Memory that Redis uses for data, in bytes", ["partition"],
+    multiprocess_mode="livemax",
+)  # fmt: skip
+redis_memory_limit_bytes = Gauge(
+    "voucherd_redis_memory_limit_bytes", "maxmemory of Redis in bytes, +Inf if it has none", ["partition"],
+    multiprocess_mode="livemax",
+)  # fmt: skip
+redis_append_failing = Gauge(
+    "voucherd_redis_append_failing", "1 while Redis can't write its append-only file; should stay 0", ["partition"],
+    multiprocess_mode="livemax",
+)  # fmt: skip
 generation = Gauge("voucherd_generation", "Open generation", ["partition"], multiprocess_mode="livemax")
 rolls = Counter("voucherd_rolls", "Generations opened, by reason", ["reason"])
 store_older = Gauge(
@@ -112,28 +184,54 @@ step_faults = Counter(
 
 
 class Tally:
-    """Counts the requests of one API in plain integers until ``flush`` adds them to the instruments.
+    """Counts the requests of one API in plain integers until they are added to the instruments.
 
-    A process that is killed loses what it counted since the last flush.
+    A process that is killed loses what it counted since then.
     """
 
     def __init__(self, api: str) -> None:
         self._api = api
-        self._codes: defaultdict[tuple[int, str], int] = defaultdict(int)
+        self._answers: defaultdict[_Key, int] = defaultdict(int)
         self._buckets = [0] * (len(SECONDS) + 1)
         self._seconds = 0.0
+        self._to_add: list[_Counted] = []
 
-    def count(self, status: int, code: str, seconds: float) -> None:
-        """One answer with this status and code, ``seconds`` after its request was taken up."""
-        self._codes[status, code] += 1
+    def count(self, status: int, code: str, seconds: float, distributor: str = "", campaign: str = "") -> None:
+        """One answer with this status and code, ``seconds`` after its request was taken up; '' is nobody's."""
+        self._answers[status, code, distributor, campaign] += 1
         self._buckets[bisect_left(SECONDS, seconds)] += 1
         self._seconds += seconds
 
     def flush(self) -> None:
-        """Adds what was counted since the last flush to ``requests`` and ``request_seconds``."""
-        codes, self._codes = self._codes, defaultdict(int)
-        for (status, code), answers in codes.items():
-            requests.labels(self._api, str(status), code).inc(answers)
+        """All that was counted is in the instruments."""
+        while self.flush_some():
+            pass
+
+    def flush_some(self) -> bool:
+        """A bounded part of what was counted is in the instruments; whether there is more of it."""
+        if not self._to_add:
+            counted, self._answers = self._answers, defaultdict(int)
+            self._to_add = list(counted.items())
+            self._add_seconds()
+        self._to_add, now = self._to_add[FLUSHED_AT_ONCE:], self._to_add[:FLUSHED_AT_ONCE]
+        for (instrument, *labels), answers in self._sums(now).items():
+            instrument.labels(*labels).inc(answers)
+        return bool(self._to_add)
+
+    def _sums(self, counted: list[_Counted]) -> dict[tuple[Any, ...], int]:
+        """By instrument and labels."""
+        sums: defaultdict[tuple[Any, ...], int] = defaultdict(int)
+        for (status, code, distributor, campaign), answers in counted:
+            sums[requests, self._api, str(status), code] += answers
+            if status in (401, 403):
+                sums[credentials_refused, self._api, code] += answers
+            if distributor:
+                sums[distributor_requests, _bounded(_distributors, distributor), code] += answers
+            if campaign:
+                sums[campaign_requests, _bounded(_campaigns, campaign), code] += answers
+        return sums
+
+    def _add_seconds(self) -> None:
         histogram = request_seconds.labels(self._api)
         for bucket, answers in enumerate(self._buckets):
             if answers:
@@ -143,6 +241,23 @@ class Tally:
         self._seconds = 0.0
 
 
+_Key = tuple[int, str, str, str]  # status, code, distributor, campaign
+_Counted = tuple[_Key, int]
+
+_distributors: Final[set[str]] = set()
+_campaigns: Final[set[str]] = set()
+
+
+def _bounded(known: set[str], name: str) -> str:
+    """``name``, as long as it is among the first NAMES_MAX that this process met."""
+    if name in known:
+        return name
+    if len(known) >= NAMES_MAX:
+        return OTHERS
+    known.add(name)
+    return name
+
+
 class Supervision(Collector):
     """What only the parent of the serving processes knows; never written to the directory."""
 
@@ -150,25 +265,35 @@ class Supervision(Collector):
         self.workers = workers
         self.ready = 0
         self.exits = 0
+        self.pids: dict[int, int] = {}  # of the processes there are now, by number
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("voucherd_workers", "Serving processes that should run", self.workers)
         yield GaugeMetricFamily("voucherd_workers_ready", "Serving processes that are ready", self.ready)
         yield CounterMetricFamily("voucherd_worker_exits", "Serving processes that ended untold", self.exits)
+        memory = GaugeMetricFamily(
+            "voucherd_process_resident_bytes", "Resident memory of a serving process", labels=["process"]
+        )
+        for number, pid in sorted(self.pids.copy().items()):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # it ended just now, or this is no Linux
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                memory.add_metric([str(number)], pages * os.sysconf("SC_PAGE_SIZE"))
+        yield memory
+
+
+class Build(Collector):
+    """Which version answers."""
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("voucherd_build_info", "1, with the version that runs", labels=["version", "python"])
+        family.add_metric([__version__, platform.python_version()], 1)
+        yield family
 
 
 def given_directory() -> Path | None:
     """The directory that this process was started with, if it was: others write there too."""
     given = os.environ.get(DIRECTORY_VARIABLE)
     return Path(given) if given else None
-
-
-def exposition(directory: Path, supervision: Supervision) -> bytes:
-    """The text that Prometheus reads: everything in ``directory`` summed over its processes, then the parent's own."""
-    summed, own = CollectorRegistry(), CollectorRegistry()
-    MultiProcessCollector(summed, path=str(directory))  # type: ignore[no-untyped-call]
-    own.register(supervision)
-    return generate_latest(summed) + generate_latest(own)
 
 
 def forget(directory: Path, process: int) -> None:
@@ -179,5 +304,6 @@ def forget(directory: Path, process: int) -> None:
 def declared() -> Iterator[tuple[str, str, str]]:
     """Name as exposed, type and help of each instrument: the README's table is compared with it."""
     instruments = [value for value in globals().values() if isinstance(value, MetricWrapperBase)]
-    for metric in [*(metric for one in instruments for metric in one.describe()), *Supervision(0).collect()]:
+    described = (metric for one in instruments for metric in one.describe())
+    for metric in [*described, *Supervision(0).collect(), *Build().collect()]:
         yield metric.name + ("_total" if metric.type == "counter" else ""), metric.type, metric.documentation

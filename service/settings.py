@@ -45,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """address of metrics and health"""
     ops_port: Port = 8081
     """port of metrics and health, 0 picks a free one"""
+    work_ops_port: Port = 0
+    """port of the background worker's own metrics and health, at the same address; 0 for none"""
     secrets_file: str = ""
     """file with the keys of voucher ids and of sealing, `voucherd keys create` makes it; without it no Client API v3"""
     issuer: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,200}\Z")] = "voucherd"

@@ -11,6 +11,7 @@ import uvloop
 from service import logs
 from service.cli import options
 from service.cli.lock import only_one
+from service.exposition import of_this_process
 from service.store.database import Database
 from service.worker.runner import work as work_until
 
@@ -25,7 +26,14 @@ def work(data_dir: options.DataDir = None) -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await work_until(settings, stop)
+        if not settings.work_ops_port:
+            await work_until(settings, stop)
+            return
+        from service.web import ops  # a web server, which a worker beside `serve` does without
+
+        with ops.listening(settings.ops_host, settings.work_ops_port, "VOUCHERD_WORK_OPS_PORT") as listener:
+            async with ops.serving_ops(ops.ops(of_this_process), listener, settings):
+                await work_until(settings, stop)
 
     if not database.is_sqlite:
         uvloop.run(run())

@@ -61,8 +61,13 @@ class StockBalance(msgspec.Struct, frozen=True):
     withdrawn: int
 
     @property
+    def difference(self) -> int:
+        """Codes that are missing (too many, if negative)."""
+        return self.imported - self.stored - self.leased - self.withdrawn
+
+    @property
     def balanced(self) -> bool:
-        return self.imported == self.stored + self.leased + self.withdrawn
+        return not self.difference
 
 
 async def stock_balance(conn: AsyncConnection) -> list[StockBalance]:

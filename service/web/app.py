@@ -73,7 +73,7 @@ class App:
             return
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body})
-        tally.count(answer.status, answer.code, perf_counter() - began)
+        tally.count(answer.status, answer.code, perf_counter() - began, answer.distributor, answer.campaign)
 
     @property
     def ready(self) -> bool:
@@ -84,6 +84,10 @@ class App:
         """What was counted is in the metrics."""
         for tally in self._tallies.values():
             tally.flush()
+
+    def flush_some_tallies(self) -> bool:
+        """A bounded part of what was counted is in the metrics; whether there is more of it."""
+        return any(tally.flush_some() for tally in self._tallies.values())
 
     def head(self, headers: dict[bytes, bytes]) -> Head | None:
         """What the headers of a voucher request say, if it may be a plain one."""
@@ -112,7 +116,7 @@ class App:
 
     def _tell(self, answered: Callable[[Answer], None], answer: Answer, began: float) -> None:
         answered(answer)
-        self._tally.count(answer.status, answer.code, perf_counter() - began)
+        self._tally.count(answer.status, answer.code, perf_counter() - began, answer.distributor, answer.campaign)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

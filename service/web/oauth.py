@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from service import metrics
 from service.domain import Busy
 from service.errors import Misconfigured
 from service.messages import TokenAnswer, TokenRefused
@@ -235,6 +236,8 @@ _RETRY: Final = {"retry-after": str(RETRY_AFTER_S)}
 
 
 def _refused(status: int, error: str, description: str, headers: dict[str, str] | None = None) -> Response:
+    if status == 401:
+        metrics.credentials_refused.labels("token", error).inc()
     answer = _json(status, TokenRefused(error, description))
     answer.headers.update(headers or {})
     if status == 401:

@@ -6,7 +6,7 @@ The codes are those of the contract's error table, and three more for what is re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -18,12 +18,15 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """One whole HTTP answer.  ``code`` is what it is counted as: an error's code, ``issued`` or ``replayed``."""
+    """One whole HTTP answer.  ``code`` is what it is counted as: an error's code, ``issued`` or ``replayed``; and of
+    whom, where it is confirmed that the ``distributor`` asked: a ``campaign`` issued or was considered first."""
 
     status: int
     headers: Headers
     body: bytes
     code: str
+    distributor: str = ""
+    campaign: str = ""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -138,10 +141,12 @@ def problem(
     request_id: str | None = None,
     headers: Iterable[tuple[bytes, bytes]] = (),
     retry_after_s: int | None = None,
+    distributor: str = "",
+    campaign: str = "",
     **members: object,
 ) -> Answer:
     """The answer for ``code``, a key of PROBLEMS.  ``detail`` and ``retry_after_s`` replace the table's; ``members``
-    are added as they are.
+    are added as they are; ``distributor`` and ``campaign``: see ``Answer``.
 
     Neither may hold a token, a voucher code, or text of a client that was not validated.
     """
@@ -168,7 +173,7 @@ def problem(
         *headers,
         *retry_after,
     )
-    return Answer(row.status, sent, body, code)
+    return Answer(row.status, sent, body, code, distributor, campaign)
 
 
 def method_not_allowed(allow: str, request_id: str | None = None) -> Answer:
@@ -181,11 +186,12 @@ def method_not_allowed(allow: str, request_id: str | None = None) -> Answer:
     )
 
 
-def rate_limited(limited: RateLimited, request_id: str) -> Answer:
+def rate_limited(limited: RateLimited, request_id: str, distributor: str) -> Answer:
     """429, with when the same request is within the limit."""
     return problem(
-        "rate_limited", request_id=request_id, headers=limit_fields(limited), retry_after_s=limited.retry_after_s
-    )
+        "rate_limited", request_id=request_id, headers=limit_fields(limited), retry_after_s=limited.retry_after_s,
+        distributor=distributor,
+    )  # fmt: skip
 
 
 def limit_fields(limited: RateLimited) -> Headers:
@@ -198,11 +204,14 @@ def limit_fields(limited: RateLimited) -> Headers:
     )
 
 
-def unavailable(code: str, products: Iterable[str], considered: Iterable[Considered], request_id: str) -> Answer:
+def unavailable(
+    code: str, products: Iterable[str], considered: Sequence[Considered], request_id: str, distributor: str
+) -> Answer:
     """409: each product that was tried, with the campaigns of this distributor and the rule that stopped each."""
     stops: dict[str, list[dict[str, str]]] = {product: [] for product in products}
     for stop in considered:
         campaign = {"campaign_id": stop.campaign_id, "stopped_by": stop.stopped_by}
         stops.setdefault(stop.product_id, []).append(campaign)
     tried = [{"product_id": product, "campaigns": campaigns} for product, campaigns in stops.items()]
-    return problem(code, request_id=request_id, considered=tried)
+    first = considered[0].campaign_id if considered else ""
+    return problem(code, request_id=request_id, distributor=distributor, campaign=first, considered=tried)

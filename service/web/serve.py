@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import shutil
 import signal
@@ -20,21 +19,19 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import structlog
-import uvicorn
-from starlette.types import ASGIApp
 
 from service import logs, metrics
 from service.errors import Misconfigured
+from service.exposition import Exposition
 from service.settings import Settings
-from service.web.ops import Readiness, ops
-from service.web.protocol import bounded
-from service.web.serving import BACKLOG, TEMPORARY_PREFIX, Order, Server, Word
+from service.web.ops import Readiness, listening, ops, serving_ops
+from service.web.serving import TEMPORARY_PREFIX, Order, Word
 
 log = structlog.get_logger(__name__)
 
@@ -49,9 +46,6 @@ STEADY_S: Final = 30.0  # after so long the next failure is a new one
 DRAIN_MARGIN_S: Final = 2.0
 
 VET_S: Final = 3.0  # Redis and the store are waited for so long before the port is opened; then they are away
-
-OPS_CONNECTIONS_MAX: Final = 64  # a scraper, a probe, an operator
-OPS_SHUTDOWN_S: Final = 1  # seconds for a scrape under way
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -87,13 +81,13 @@ async def serve(
         if vetting.done():
             vetting.result()
         with (
-            _listening(settings.host, settings.port, "VOUCHERD_PORT") as public,
-            _listening(settings.ops_host, settings.ops_port, "VOUCHERD_OPS_PORT") as ops_socket,
+            listening(settings.host, settings.port, "VOUCHERD_PORT") as public,
+            listening(settings.ops_host, settings.ops_port, "VOUCHERD_OPS_PORT") as ops_socket,
             _metrics_directory() as directory,
         ):
             supervisor = Supervisor(settings, public, directory, command)
-            app = ops(directory, supervisor.metrics, supervisor.readiness)
-            async with _serving(app, ops_socket, settings):
+            app = ops(Exposition(directory, supervisor.metrics).text, supervisor.readiness)
+            async with serving_ops(app, ops_socket, settings):
                 announce(Addresses(_address(public), _address(ops_socket)))
                 return await supervisor.run(stop, vetting)
     finally:
@@ -174,6 +168,7 @@ class Supervisor:
             its.close()
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             worker.process, worker.control = process, writer
+            self.metrics.pids[worker.number] = process.pid
             try:
                 writer.write(msgspec.json.encode(self._settings) + b"\n")
                 if self._stopping.is_set():
@@ -183,6 +178,7 @@ class Supervisor:
             finally:
                 writer.close()
                 worker.forget()
+                del self.metrics.pids[worker.number]
                 if process.returncode is not None:
                     metrics.forget(self._directory, process.pid)
 
@@ -239,22 +235,6 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _listening(host: str, port: int, variable: str) -> Iterator[socket.socket]:
-    """A socket that takes connections.  Raises Misconfigured, naming the variable and the port."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            reason = f"port {port} of {host} is in use: stop what uses it or choose another, 0 picks a free one"
-        else:
-            reason = f"can't listen on port {port} of {host}: {error.strerror}"
-        raise Misconfigured(f"{variable}={port}: {reason}") from None
-    with listener:
-        yield listener
-
-
-@contextlib.contextmanager
 def _metrics_directory() -> Iterator[Path]:
     """Where the processes write their metrics: the directory given, or one that goes with this parent."""
     given = metrics.given_directory()
@@ -267,33 +247,6 @@ def _metrics_directory() -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.asynccontextmanager
-async def _serving(app: ASGIApp, listener: socket.socket, settings: Settings) -> AsyncIterator[None]:
-    """The ops port answers."""
-    server = Server(
-        uvicorn.Config(
-            app,
-            interface="asgi3",
-            http=bounded(receive_timeout_ms=settings.receive_timeout_ms, connections_max=OPS_CONNECTIONS_MAX),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=OPS_SHUTDOWN_S,
-        )
-    )
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not running.done():
-        await asyncio.sleep(0.01)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await running
 
 
 def _address(listener: socket.socket) -> tuple[str, int]:

@@ -161,7 +161,8 @@ async def _watch(app: App, server: Server, say: Callable[[Word], None]) -> None:
 async def _flush(app: App) -> None:
     while True:
         await asyncio.sleep(FLUSH_S)
-        app.flush_tallies()
+        while app.flush_some_tallies():
+            await asyncio.sleep(0)  # requests are answered in between
 
 
 def _room_for_connections() -> int:

@@ -158,17 +158,17 @@ def told(outcome: Outcome, request: Request) -> Answer:
     """What the client is told.  Raises ValueError if its record is of a layout that this version does not read."""
     match outcome:
         case Issued():
-            return rendered(outcome, request.key)
+            return rendered(outcome, request.key, request.distributor)
         case Unavailable(code, considered):
-            return unavailable(code, request.products, considered, request.key)
+            return unavailable(code, request.products, considered, request.key, request.distributor)
         case Unauthorized(code) | Busy(code):
             return problem(code, request_id=request.key)
         case KeyReused():
-            return problem("key_reused", request_id=request.key)
+            return problem("key_reused", request_id=request.key, distributor=request.distributor)
         case Suspended():
             return problem("distributor_suspended", request_id=request.key)
         case RateLimited():
-            return rate_limited(outcome, request.key)
+            return rate_limited(outcome, request.key, request.distributor)
 
 
 # --- the answer, from a record
@@ -177,7 +177,7 @@ _REPLAYED: Final = (b"idempotent-replayed", b"true")
 _JSON: Final = (b"content-type", b"application/json")
 
 
-def rendered(issued: Issued, key: str) -> Answer:
+def rendered(issued: Issued, key: str, distributor: str) -> Answer:
     """200 with the voucher of request ``key``: the same bytes whenever it is built from the same record.
 
     Raises ValueError if the record is of a layout that this version does not read.
@@ -185,9 +185,9 @@ def rendered(issued: Issued, key: str) -> Answer:
     render = _RENDERERS.get(issued.record[:1])
     if render is None:
         raise ValueError("a record of an unknown layout")
-    body = render(issued.record, key)
+    body, campaign = render(issued.record, key)
     headers = _headers(len(body), issued.replayed)
-    return Answer(200, headers, body, "replayed" if issued.replayed else "issued")
+    return Answer(200, headers, body, "replayed" if issued.replayed else "issued", distributor, campaign)
 
 
 @lru_cache(maxsize=4_096)  # twice as many as there are lengths of answers
@@ -196,10 +196,10 @@ def _headers(length: int, replayed: bool) -> Headers:
     return (*headers, _REPLAYED) if replayed else headers
 
 
-def _layout_2(record: str, key: str) -> bytes:
+def _layout_2(record: str, key: str) -> tuple[bytes, str]:
     _, issued_at, rule, code = record.split("\n")
     expires_at, _, _, voucher, serial = code.split("\t")
-    campaign, until = _campaign(rule)
+    campaign, until, name = _campaign(rule)
     expiry = int(expires_at, 16)
     if until and until < expiry:
         expiry = until
@@ -208,17 +208,21 @@ def _layout_2(record: str, key: str) -> bytes:
     return (
         f'{{"status":"success",{campaign},"voucher_code":"{voucher}","serial_number":"{serial}",'
         f'"expiry_date":"{instant(expiry)}","request_id":"{key}","issued_at":"{instant(int(issued_at, 16))}"}}'
-    ).encode()
+    ).encode(), name
 
 
 @lru_cache(maxsize=4_096)
-def _campaign(rule: str) -> tuple[str, int]:
-    """The members of the answer that the rule gives, as JSON, and when the campaign ends (0: open)."""
+def _campaign(rule: str) -> tuple[str, int, str]:
+    """The members of the answer that the rule gives, as JSON, when the campaign ends (0: open), and its name."""
     of = Rule.unpack(rule)
     return (
-        f'"campaign_id":"{_escaped(of.campaign)}","category_id":"{_escaped(of.category)}",'
-        f'"product_id":"{_escaped(of.product)}"'
-    ), of.until
+        (
+            f'"campaign_id":"{_escaped(of.campaign)}","category_id":"{_escaped(of.category)}",'
+            f'"product_id":"{_escaped(of.product)}"'
+        ),
+        of.until,
+        of.campaign,
+    )
 
 
 def _escaped(text: str) -> str:
@@ -226,8 +230,8 @@ def _escaped(text: str) -> str:
     return msgspec.json.encode(text)[1:-1].decode()
 
 
-# One renderer a layout, for ever: a record may be older than this version.
-_RENDERERS: Final[dict[str, Callable[[str, str], bytes]]] = {"2": _layout_2}
+# One renderer a layout, for ever: a record may be older than this version.  Each gives the body and the campaign.
+_RENDERERS: Final[dict[str, Callable[[str, str], tuple[bytes, str]]]] = {"2": _layout_2}
 
 
 # --- headers

@@ -168,16 +168,19 @@ def told(outcome: Outcome, request: Request, ids: IdKeys, key: bytes) -> Answer:
                 code_told = "paused" if considered[0].stopped_by == "paused" else "not_valid"
             else:
                 code_told = code
-            return refusal(code_told, headers=echoed)
+            first = considered[0].campaign_id if considered else ""
+            return refusal(code_told, headers=echoed, distributor=request.distributor, campaign=first)
         case Unauthorized():
             return refusal("token_unknown")
         case Suspended():
             return refusal("suspended")
         case KeyReused():
-            return refusal("key_reused", headers=echoed)
+            return refusal("key_reused", headers=echoed, distributor=request.distributor)
         case RateLimited():
-            limited = (*echoed, *limit_fields(outcome))
-            return refusal("rate_limited", headers=limited, retry_after_s=outcome.retry_after_s)
+            return refusal(
+                "rate_limited", headers=(*echoed, *limit_fields(outcome)), retry_after_s=outcome.retry_after_s,
+                distributor=request.distributor,
+            )  # fmt: skip
         case Busy(code):
             return refusal(code, headers=echoed)
 
@@ -207,8 +210,9 @@ def rendered(issued: Issued, request: Request, ids: IdKeys, key: bytes) -> Answe
     if issued.replayed:
         headers = (*headers, _REPLAYED)
     if part:
-        return Answer(207, headers, body, "207-762")
-    return Answer(200, headers, body, "replayed" if issued.replayed else "issued")
+        return Answer(207, headers, body, "207-762", request.distributor, of.campaign)
+    code = "replayed" if issued.replayed else "issued"
+    return Answer(200, headers, body, code, request.distributor, of.campaign)
 
 
 _REPLAYED: Final = (b"idempotency-record", b"true")

@@ -142,11 +142,14 @@ def refusal(
     headers: tuple[tuple[bytes, bytes], ...] = (),
     request_id: str = "",
     retry_after_s: int = RETRY_AFTER_S,
+    distributor: str = "",
+    campaign: str = "",
 ) -> Answer:
-    """The answer for one row of the table, with a request id of its own if none is given."""
+    """The answer for one row of the table, with a request id of its own if none is given; ``distributor`` and
+    ``campaign``: see ``Answer``."""
     row = REFUSALS[name]
     request_id = request_id or new_request_id()
     body = msgspec.json.encode({"request_id": request_id, "error": error_body(name, details)})
     retry_after = ((b"retry-after", b"%d" % retry_after_s),) if row.retryable else ()
     sent = (JSON, (b"content-length", b"%d" % len(body)), *row.headers, *headers, *retry_after)
-    return Answer(row.status, sent, body, row.code)
+    return Answer(row.status, sent, body, row.code, distributor, campaign)

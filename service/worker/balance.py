@@ -235,8 +235,8 @@ def _findings(look: _Look) -> list[Finding]:
     subject = f"generation {look.seen.open}"
     held, before, after = look.held, look.before, look.after
     findings = []
-    windows, left = _lengths(held), held.popped + held.set_aside + held.taken_back + held.withdrawn
-    if held.restocked - left != windows:
+    windows, left = _lengths(held), left_windows(held)
+    if in_redis(held):
         findings.append(
             Finding(
                 "P5", subject,
@@ -273,6 +273,23 @@ def _findings(look: _Look) -> list[Finding]:
     if look.at_rest:
         findings += _at_rest(look, subject)
     return findings
+
+
+def in_redis(held: Books) -> int:
+    """Codes that were restocked, did not leave the windows, and are not in them: 0, by P5's first identity."""
+    return held.restocked - left_windows(held) - _lengths(held)
+
+
+def left_windows(held: Books) -> int:
+    """Codes that left the windows, in whatever way."""
+    return held.popped + held.set_aside + held.taken_back + held.withdrawn
+
+
+def in_between(before: Books, accounted: int, after: Books) -> int:
+    """Codes that are missing, or too many, between windows, outbox and a ledger that ``accounted`` for so many between
+    the two looks at Redis: 0, by P5's third identity, whatever moved meanwhile."""
+    missing = left_windows(before) - before.codes - accounted
+    return max(0, missing, accounted - left_windows(after))
 
 
 def _at_rest(look: _Look, subject: str) -> list[Finding]:

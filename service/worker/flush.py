@@ -131,7 +131,7 @@ class Flush:
         return _sum(total, await self._settle(generation, chunk)) if chunk else total
 
     async def _settle(self, generation: int, entries: Sequence[tuple[str, dict[str, str] | None]]) -> Flushed:
-        partition, now = self._scripts.partition, self._now()
+        partition, now, began = self._scripts.partition, self._now(), time.monotonic()
         good: list[Entry] = []
         taken_out: list[tuple[str, int, int]] = []
         parked = 0
@@ -176,6 +176,8 @@ class Flush:
         if taken_out:
             seq = next((entry.outbox_seq for entry in good if ledger.unfit(entry) is None), 0)
             gone = await self._scripts.flushed(GROUP, taken_out, generation=generation, seq=seq)
+        metrics.flush_seconds.observe(time.monotonic() - began)
+        metrics.flush_lag_seconds.observe(max(0.0, time.time() - entered_at(entries[0][0])))
         metrics.flushed.inc(result.issued)
         metrics.set_aside.inc(result.set_aside)
         if result.incidents:
@@ -298,6 +300,11 @@ def parse(partition: int, generation: int, entry_id: str, fields: dict[str, str]
     for text in (*fields.values(),):
         text.encode("ascii")  # UnicodeEncodeError is a ValueError: whatever this is, issue did not write it
     return Entry(partition, generation, int(fields["seq"]), entry_id, records, asides, fields.get("why", LITTLE_LIFE))
+
+
+def entered_at(entry_id: str) -> float:
+    """Unix seconds, by Redis' clock, at which an entry came into its stream."""
+    return int(entry_id.split("-")[0]) / 1000
 
 
 def _sum(one: Flushed, other: Flushed) -> Flushed:

@@ -222,6 +222,7 @@ class Refill:
             return await self._fork(generation, pool)
         added, length, version = 0, window.length, 0
         for _ in range(LEASES_MAX):
+            began = self._clock()
             if not lease.codes:  # all that is leased is applied, maybe by another worker since: lease more
                 if length >= wanted.length:
                     break
@@ -243,6 +244,7 @@ class Refill:
                         return Refilled(added, exhausted=1)
                     break
                 lease = new
+                metrics.lease_seconds.observe(self._clock() - began)
             async with self._database.read() as conn:
                 given = await stock.lease_codes(conn, lease)
                 version = version or (await stock.stock_versions(conn, [pool]))[pool]
@@ -256,6 +258,7 @@ class Refill:
                 added += len(given)
                 self._rates[pool].restocked(len(given))
                 metrics.leased.labels(pool).inc(len(given))
+                metrics.refill_seconds.observe(self._clock() - began)
             elif done.status != "DONE":
                 break  # LOST, or another worker was faster: the next step sees
             lease, length = msgspec.structs.replace(lease, codes=0), done.length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -73,7 +74,9 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         refill = Refill(
             database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s, fill=fill
         )
-        watch = Watch(database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max)
+        watch = Watch(
+            database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max, patient=patient
+        )
         vetting = Vetting(database, scripts, settings)
         await vetting.run_once()
         refused: list[Misconfigured] = []
@@ -128,6 +131,7 @@ async def _loop(
     while not stop.is_set():
         try:
             did_something = await step()
+            metrics.loop_timestamp_seconds.labels(name).set(time.time())
         except Exception as fault:  # the boundary of a loop: it tries again, whatever happened
             metrics.step_faults.labels(name, type(fault).__name__).inc()
             if isinstance(fault, Fault):

@@ -19,13 +19,10 @@ from service.store.database import Database
 from service.store.inspection import Incident
 from service.vetting import look
 from service.worker.currency import refuse_older
-from service.worker.watch import outage_lasts_s, outbox_age_s
+from service.worker.watch import BURN_S, outage_lasts_s, outbox_age_s
 
 # The newest incidents that are shown one by one.
 INCIDENTS_SHOWN: Final = 10
-
-# Seconds over which the burn rate is taken: what was issued in them is counted row by row.
-BURN_S: Final = 60
 
 
 class PoolStatus(msgspec.Struct, frozen=True):

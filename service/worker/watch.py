@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from service import keys, metrics
 from service.errors import RedisUnreachable, StoreIsOlder
 from service.scripts import Books, Scripts
 from service.store import books, control, stock
 from service.store.database import Database
+from service.worker.balance import in_between, in_redis
 from service.worker.currency import refuse_older
+from service.worker.flush import entered_at
 
 log = structlog.get_logger()
 
-# Quarantine is counted code by code; it grows when a generation is left, and shrinks by late flushes only.
-QUARANTINE_S: Final = 300
+# Quarantine, stock and ledger are counted code by code.  Quarantine grows when a generation is left, and shrinks by
+# late flushes only; books that are off stay off.
+COUNT_S: Final = 300
+
+# Seconds over which the burn rate is taken: a peak is seen within the minute, and one large request is no peak.
+BURN_S: Final = 60
 
 
 class Watch:
@@ -28,15 +35,18 @@ class Watch:
 
     def __init__(
         self, database: Database, scripts: Scripts, *, planned_rate: int, outbox_max: int,
-        now: Callable[[], float] = time.time,
+        patient: Database | None = None, now: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
+        """``patient``: the same store, whose statements may take as long as it takes to count every row."""
         self._database = database
+        self._patient = patient or database
         self._scripts = scripts
         self._planned_rate = planned_rate
         self._outbox_max = outbox_max
         self._now = now
         self._said = ""
-        self._quarantine_of = (0, 0.0)
+        self._counted_in = (0, 0.0)
+        self._gone: deque[tuple[float, int, dict[str, int]]] = deque()  # when, in which generation, codes by pool
 
     async def run_once(self) -> str:
         """One look.  Returns why the store is older than Redis, '' if it is not.  Raises RedisUnreachable,
@@ -56,32 +66,84 @@ class Watch:
                     metrics.window_codes.labels(pool).set(window.length)
                 age_s = await outbox_age_s(self._scripts, seen.open, self._now())
                 metrics.outbox_age_seconds.labels(partition).set(age_s)
+                metrics.conservation_difference.labels(partition, "windows").set(abs(in_redis(held)))
+            metrics.fence_version.labels(partition).set(seen.fence)
+            await self._redis_itself(partition)
             async with self._database.read() as conn:
                 left = await stock.left(conn, int(self._now()))
                 used = await control.pools_in_use(conn, int(self._now()))
+                leased = await stock.leased_ever(conn)
+                generated = await stock.generated(conn)
+                metrics.catalogue_stored.labels(partition).set(await control.version(conn))
             for pool, codes in left.items():
                 metrics.stock_codes.labels(pool).set(codes)
             if held is not None:
+                self._burn(seen.open, held, left, leased, used - generated)
                 left = {pool: codes for pool, codes in left.items() if pool in used}
                 metrics.outage_lasts_seconds.labels(partition).set(
                     outage_lasts_s(held, left, outbox_max=self._outbox_max, planned_rate=self._planned_rate)
                 )
-            if (seen.open, self._now() // QUARANTINE_S) != self._quarantine_of:
-                self._quarantine_of = (seen.open, self._now() // QUARANTINE_S)
-                await self._quarantine()
+            if (seen.open, self._now() // COUNT_S) != self._counted_in:
+                self._counted_in = (seen.open, self._now() // COUNT_S)
+                await self._count(seen.open, held)
         metrics.store_older.labels(partition).set(bool(older))
         if older and older != self._said:
             log.critical("watch", wrong=older)
         self._said = older
         return older
 
-    async def _quarantine(self) -> None:
-        async with self._database.read() as conn:
+    def _burn(
+        self, generation: int, held: Books, left: dict[str, int], leased: dict[str, int], ending: set[str]
+    ) -> None:
+        """When each pool will be empty, by how fast codes left it: leased by the store and no longer in its window.
+        Only those of ``ending`` ever are."""
+        now = self._now()
+        gone = {pool: leased.get(pool, 0) - window.length for pool, window in held.windows.items()}
+        if self._gone and self._gone[-1][1] != generation:
+            self._gone.clear()  # windows that were left with their generation were not burnt
+        self._gone.append((now, generation, gone))
+        while len(self._gone) > 1 and now - self._gone[1][0] >= BURN_S:
+            self._gone.popleft()
+        then, _, before = self._gone[0]
+        for pool, codes in gone.items():
+            burnt = codes - before.get(pool, codes)
+            burns = burnt > 0 and now > then and pool in ending
+            codes_left = left.get(pool, 0) + held.windows[pool].length
+            seconds = codes_left * (now - then) / burnt if burns else math.inf
+            metrics.pool_empty_in_seconds.labels(pool).set(seconds if codes_left or pool not in ending else 0.0)
+
+    async def _count(self, generation: int, held: Books | None) -> None:
+        """What is counted code by code: quarantine, and whether ledger and stock are what they must be."""
+        partition = self._scripts.partition
+        async with self._patient.read() as conn:
             lost = Counter[str]()
             for one in await books.quarantine(conn):
                 lost[one.pool] += one.codes
+            in_ledger = (await books.accounted(conn, partition, generation)).codes
+            in_stock = sum(abs(one.difference) for one in await books.stock_balance(conn))
         for pool, codes in lost.items():
             metrics.quarantined_codes.labels(pool).set(codes)
+        difference = metrics.conservation_difference
+        difference.labels(str(partition), "stock").set(in_stock)
+        again = await self._scripts.books([], generation=generation)
+        if held is not None and again is not None:
+            difference.labels(str(partition), "ledger").set(in_between(held, in_ledger, again))
+
+    async def _redis_itself(self, partition: str) -> None:
+        """Raises RedisUnreachable.  What a managed service does not tell is left out."""
+        try:
+            memory = await self._scripts.redis.info("memory")
+            persistence = await self._scripts.redis.info("persistence")
+        except ResponseError:
+            return
+        except RedisError as error:
+            raise RedisUnreachable from error
+        if "used_memory" in memory:
+            metrics.redis_memory_bytes.labels(partition).set(memory["used_memory"])
+        if "maxmemory" in memory:
+            metrics.redis_memory_limit_bytes.labels(partition).set(memory["maxmemory"] or math.inf)
+        if "aof_last_write_status" in persistence:
+            metrics.redis_append_failing.labels(partition).set(persistence["aof_last_write_status"] != "ok")
 
 
 async def outbox_age_s(scripts: Scripts, generation: int, now: float) -> float:
@@ -93,7 +155,7 @@ async def outbox_age_s(scripts: Scripts, generation: int, now: float) -> float:
         oldest = await scripts.redis.xrange(keys.outbox(scripts.partition, generation), count=1)
     except RedisError as error:
         raise RedisUnreachable from error
-    return max(0.0, now - int(oldest[0][0].split("-")[0]) / 1000) if oldest else 0.0
+    return max(0.0, now - entered_at(oldest[0][0])) if oldest else 0.0
 
 
 def outage_lasts_s(held: Books, left: dict[str, int], *, outbox_max: int, planned_rate: int) -> float:

@@ -117,6 +117,9 @@ def test_every_port_answers_and_metrics_are_summed_over_the_processes(start: Cal
     wait_until(lambda: served.value("voucherd_requests_total") == 40, "40 requests in the metrics")
     assert served.value('voucherd_requests_total{api="v1",code="issued",status="200"}') == 40
     assert served.value("voucherd_request_seconds_count") == 40
+    assert served.value(f'voucherd_distributor_requests_total{{code="issued",distributor="{DISTRIBUTOR}"}}') == 40
+    assert served.value('voucherd_process_resident_bytes{process="2"}') > 10**7
+    assert served.value("voucherd_build_info") == 1
     assert served.value("voucherd_workers") == served.value("voucherd_workers_ready") == 2
     text = served.ops("/metrics")[2].decode()
     assert len(set(helps := [line for line in text.splitlines() if line.startswith("# HELP")])) == len(helps)

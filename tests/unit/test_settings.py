@@ -14,6 +14,7 @@ from service.settings import PREFIX, Settings, in_data_dir, load
 # field -> (least, most)
 BOUNDS = {
     "port": (0, 65_535),
+    "work_ops_port": (0, 65_535),
     "ops_port": (0, 65_535),
     "workers": (1, 64),
     "planned_rate": (1, 1_000_000),

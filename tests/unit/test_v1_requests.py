@@ -609,3 +609,31 @@ async def test_counts_of_answers_reach_the_metrics_once(call: Call) -> None:
     assert value("voucherd_requests_total", status="400", code="invalid_json") == refused + 1
     assert value("voucherd_request_seconds_count") == seconds + 2
     assert value("voucherd_request_seconds_bucket", le="+Inf") == seconds + 2
+
+
+async def test_nobody_is_counted_under_a_name_that_was_only_claimed(call: Call) -> None:
+    def by_distributor() -> dict[tuple[str, str], float]:
+        return {
+            (sample.labels["distributor"], sample.labels["code"]): sample.value
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name == "voucherd_distributor_requests_total"
+        }
+
+    call.app.flush_tallies()
+    before = by_distributor()
+    await call(request_id="counted")
+    await call(request_id="claimed", distributor_id="DIST-CLAIMED")
+    call.issuer.outcome = Suspended()
+    await call(request_id="suspended", distributor_id="DIST-CLAIMED")
+    considered = (Considered("PAY", "CAMP-FIRST", "exhausted"), Considered("PAY", "CAMP-002", "exhausted"))
+    call.issuer.outcome = Unavailable("exhausted", considered)
+    await call(request_id="refused")
+    call.app.flush_tallies()
+    counted = {key: answers - before.get(key, 0) for key, answers in by_distributor().items()}
+    assert {key for key, answers in counted.items() if answers} == {
+        (DISTRIBUTOR, "issued"),
+        (DISTRIBUTOR, "exhausted"),
+    }
+    labels = {"campaign": "CAMP-FIRST", "code": "exhausted"}
+    assert REGISTRY.get_sample_value("voucherd_campaign_requests_total", labels) == 1

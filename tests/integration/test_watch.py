@@ -1,0 +1,138 @@
+"""What the watch tells: how long a pool lasts, whether the books are off, how Redis itself is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from prometheus_client import REGISTRY
+from sqlalchemy import delete
+
+from service import keys
+from service.store import schema
+from service.store.database import Database
+from service.store.stock import Row
+from service.worker.stocking import import_codes
+from service.worker.watch import BURN_S, COUNT_S, Watch
+from tests.integration.stage import OUTBOX_MAX, Stage, staged
+
+POOL = "CAMP-001"
+CODES = 300
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def stage(database: Database, valkey_url: str) -> AsyncIterator[Stage]:
+    async with staged(database, valkey_url) as stage:
+        await stage.campaign(POOL)
+        rows = [Row(line, f"CODE-{line:05}", None, None) for line in range(1, CODES + 1)]
+        await import_codes(stage.database, stage.scripts, POOL, rows, import_id="first")
+        await stage.refill.run_once()
+        yield stage
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def watch(stage: Stage, clock: Clock) -> Watch:
+    return Watch(stage.database, stage.scripts, planned_rate=1, outbox_max=OUTBOX_MAX, now=clock)
+
+
+def empty_in_s() -> float | None:
+    return REGISTRY.get_sample_value("voucherd_pool_empty_in_seconds", {"pool": POOL})
+
+
+def off(books: str) -> float | None:
+    return REGISTRY.get_sample_value("voucherd_conservation_difference_codes", {"partition": "0", "books": books})
+
+
+async def test_a_pool_lasts_as_long_as_its_burn_rate_says_whatever_is_leased_meanwhile(
+    stage: Stage, watch: Watch, clock: Clock
+) -> None:
+    await watch.run_once()
+    assert empty_in_s() == math.inf
+    for second in range(3):
+        await stage.issue(*(f"first-{second}-{number}" for number in range(10)))
+        await stage.refill.run_once()
+        clock.now += 10
+        await watch.run_once()
+        assert empty_in_s() == pytest.approx(CODES - 10 * (second + 1))  # at one code a second
+    clock.now += BURN_S
+    await watch.run_once()
+    clock.now += 10
+    await watch.run_once()
+    assert empty_in_s() == math.inf  # nothing was issued for a minute
+
+
+async def test_an_import_is_no_negative_burn(stage: Stage, watch: Watch, clock: Clock) -> None:
+    await watch.run_once()
+    await stage.issue(*(f"first-{number}" for number in range(10)))
+    rows = [Row(line, f"MORE-{line:05}", None, None) for line in range(1, 101)]
+    await import_codes(stage.database, stage.scripts, POOL, rows, import_id="second")
+    clock.now += 10
+    await watch.run_once()
+    assert empty_in_s() == pytest.approx(CODES - 10 + 100)
+
+
+async def test_a_pool_without_a_code_is_empty_now(stage: Stage, watch: Watch, clock: Clock) -> None:
+    for batch in range(CODES // 10 + 1):
+        await stage.issue(*(f"{batch}-{number}" for number in range(10)))
+        await stage.refill.run_once()
+    await watch.run_once()
+    assert empty_in_s() == 0.0
+
+
+async def test_books_that_balance_differ_by_nothing_wherever_the_codes_are(
+    stage: Stage, watch: Watch, clock: Clock
+) -> None:
+    for moment in ("in windows", "in the outbox", "in the ledger"):
+        if moment == "in the outbox":
+            await stage.issue("one", "two", "three")
+        if moment == "in the ledger":
+            await stage.flush.run_once()
+        clock.now += COUNT_S
+        await watch.run_once()
+        assert (off("windows"), off("ledger"), off("stock")) == (0.0, 0.0, 0.0), moment
+
+
+async def test_a_code_that_is_lost_anywhere_is_seen(stage: Stage, watch: Watch, clock: Clock) -> None:
+    generation = (await stage.scripts.generation()).open
+    await stage.issue("one", "two", "three")
+    await stage.flush.run_once()
+    await watch.run_once()
+    await stage.scripts.redis.rpop(keys.window(0, generation, POOL))
+    await watch.run_once()
+    assert off("windows") == 1.0
+    async with stage.database.write() as conn:
+        await conn.execute(delete(schema.issuances).where(schema.issuances.c.ordinal == 1))
+        await conn.execute(delete(schema.codes).where(schema.codes.c.code == f"CODE-{CODES:05}"))
+    clock.now += COUNT_S
+    await watch.run_once()
+    assert off("ledger") == 1.0
+    assert off("stock") == 1.0
+
+
+async def test_redis_itself_is_watched(stage: Stage, watch: Watch) -> None:
+    def value(name: str) -> float | None:
+        return REGISTRY.get_sample_value(name, {"partition": "0"})
+
+    await watch.run_once()
+    assert value("voucherd_redis_memory_limit_bytes") == math.inf
+    assert value("voucherd_redis_memory_bytes") > 0
+    assert value("voucherd_redis_append_failing") == 0
+    assert value("voucherd_fence_version") == value("voucherd_catalogue_stored_version") > 0
+    await stage.scripts.redis.config_set("maxmemory", "1gb")
+    await watch.run_once()
+    assert value("voucherd_redis_memory_limit_bytes") == 2**30
