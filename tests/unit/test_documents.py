@@ -62,18 +62,30 @@ def test_the_readme_names_no_command_option_or_make_target_that_does_not_exist()
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    root = get_command(app)
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
-            words = re.findall(r"^(?:\.venv/bin/)?voucherd ([^#|]*)", line)
-            if not words:
-                continue
-            command, context = root, root.make_context("voucherd", [], resilient_parsing=True)
-            for word in words[0].split():
-                if word in getattr(command, "commands", {}):
-                    _, command, _ = command.resolve_command(context, [word])
-                elif word.startswith("--"):
-                    assert any(word in option.opts for option in command.params), f"{line}: {word}"
+            for words in re.findall(r"^(?:\.venv/bin/)?voucherd ([^#|]*)", line):
+                assert_is_a_command(words)
+
+
+def test_the_runbook_names_no_command_that_does_not_exist() -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    typed = re.findall(r"`voucherd ([^`]*)`", text) + re.findall(r"^voucherd ([^#]*)", text, re.MULTILINE)
+    assert len(typed) > 10
+    for words in typed:
+        assert_is_a_command(words)
+
+
+def assert_is_a_command(words: str) -> None:
+    """``voucherd`` has it, with these options."""
+    command = root = get_command(app)
+    context = root.make_context("voucherd", [], resilient_parsing=True)
+    for word in words.split():
+        if hasattr(command, "commands") and not word.startswith("-"):
+            _, command, _ = command.resolve_command(context, [word])
+            assert command is not None, f"voucherd {words}: {word}"
+        elif word.startswith("--"):
+            assert any(word in option.opts for option in command.params), f"voucherd {words}: {word}"
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
