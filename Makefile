@@ -9,8 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script chaos chaos-import chaos-rows compare-install mutations \
-	postman sim
+	bench-scale bench-script chaos chaos-import chaos-rows compare-install dashboard mutations postman sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +80,9 @@ mutations: install ## six faults in our own code, each of which must make its te
 
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)
+
+dashboard: install ## deploy/grafana/voucherd.json: the Grafana dashboard, from the metrics as they are
+	$(BIN)/python -m deploy.grafana.dashboard > deploy/grafana/voucherd.json
 
 postman: install ## docs/postman.json: both APIs as a Postman collection
 	$(BIN)/python -m service.web.postman > docs/postman.json

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from typer.main import get_command
 
+from deploy.grafana import dashboard
 from service import checks, metrics, settings
 from service.cli.main import app
 from service.web import postman
@@ -117,3 +118,7 @@ def test_every_refusal_of_client_api_v3_is_in_the_guide_for_integrators() -> Non
 
 def test_the_postman_collection_is_that_of_this_version() -> None:
     assert json.loads((ROOT / "docs" / "postman.json").read_text()) == postman.collection()
+
+
+def test_the_grafana_dashboard_is_that_of_this_version() -> None:
+    assert json.loads((ROOT / "deploy" / "grafana" / "voucherd.json").read_text()) == dashboard.dashboard()

@@ -1,0 +1,132 @@
+"""Prometheus reads a running service: every metric is there, the rules hold, every panel of the dashboard has data."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from deploy.grafana import dashboard
+from service import metrics
+from tests.acceptance.service import Service
+from tests.acceptance.test_up import until
+from tests.servers import free_port
+
+PROMETHEUS = Path(__file__).parents[2] / "deploy" / "prometheus"
+SPAN = "[20s]"  # what Grafana would put in for a scrape every second, and a little more for a busy machine
+
+
+class Prometheus:
+    """One that scrapes ``serve`` and ``work`` every second by the configuration that is shipped."""
+
+    def __init__(self, program: str, directory: Path, **targets: int) -> None:
+        configured = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+        configured["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        configured["rule_files"] = [str(PROMETHEUS / name) for name in configured["rule_files"]]
+        for job in configured["scrape_configs"]:
+            job["static_configs"] = [{"targets": [f"127.0.0.1:{targets[job['job_name']]}"]}]
+        (directory / "prometheus.yml").write_text(yaml.safe_dump(configured))
+        self.port = free_port()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api/v1/", trust_env=False)
+        with (directory / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [program, f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
+                 f"--web.listen-address=127.0.0.1:{self.port}"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """The data of one answer of its API; None while it does not answer."""
+        try:
+            answer = self.client.get(path, params=parameters)
+        except httpx.TransportError:
+            return None
+        said = answer.json() if answer.headers["content-type"].startswith("application/json") else {}
+        assert said.get("status") != "error", said
+        return said.get("data")
+
+    def values(self, expression: str) -> list[float]:
+        """What an expression gives now."""
+        found = self.get("query", query=expression)["result"]
+        return [float(one["value"][1]) for one in found]
+
+
+@pytest.fixture
+def prometheus(running: Service, tmp_path: Path) -> Iterator[Prometheus]:
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("no prometheus on PATH (Debian's package is prometheus): the metrics were not scraped")
+    work_ops_port = free_port()
+    running.environment["VOUCHERD_WORK_OPS_PORT"] = str(work_ops_port)
+    running.start("serve", "work")
+    targets = {"voucherd-serve": running.ops_port, "voucherd-work": work_ops_port}
+    made = Prometheus(program, tmp_path, **targets)
+    yield made
+    made.client.close()
+    made.process.terminate()
+    made.process.wait()
+
+
+@pytest.mark.parametrize("running", ["sqlite"], indirect=True)
+async def test_no_metric_is_missing_no_rule_fails_and_no_panel_is_empty(
+    running: Service, prometheus: Prometheus
+) -> None:
+    running.at_once = asyncio.Semaphore(32)
+    await running.furnish(60)
+    until(lambda: prometheus.get("query", query="sum(up)") and prometheus.values("sum(up)") == [2.0], "two targets")
+
+    asked = 0
+
+    async def some_of_everything() -> None:
+        """A voucher and its replay, one of a partner that is over its stock, and one without a right."""
+        nonlocal asked
+        async with running.client() as client:
+            for _ in range(5):
+                asked += 1
+                await running.voucher(client, f"req-{asked}")
+                await running.voucher(client, f"req-{asked}")
+            await running.ask(client, f"refused-{asked}", token="vch_" + "0" * 48)
+
+    while asked < 70:  # ten more than there are codes
+        await some_of_everything()
+
+    wanted = {name: kind for name, kind, _ in metrics.declared()}
+
+    def typed() -> bool:
+        found = {name: said[0]["type"] for name, said in prometheus.get("metadata").items()}
+        return wanted.items() <= found.items()
+
+    until(typed, "every metric, with its type")
+
+    def rules() -> list[dict[str, Any]]:
+        return [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+
+    until(lambda: {rule["health"] for rule in rules()} == {"ok"}, "every rule evaluated")
+    assert {rule["name"] for rule in rules()} >= {"VoucherdPoolIsEmpty", "VoucherdWorkerGone", "VoucherdBooksDiffer"}
+    until(lambda: _firing(rules()) == {"VoucherdPoolIsEmpty"}, "the alert of the empty pool, and no other")
+
+    empty = {title for title, _ in dashboard.expressions()}
+    for number in range(20):
+        async with running.control_plane() as (database, scripts):
+            await running.stock_up(database, scripts, f"more-{number}", 5)
+        await some_of_everything()
+        for title, expression in dashboard.expressions():  # fails for one that Prometheus can't read
+            if any(not math.isnan(value) for value in prometheus.values(expression.replace(dashboard.OVER, SPAN))):
+                empty.discard(title)
+        if not empty:
+            break
+        await asyncio.sleep(1.0)  # a scrape
+    assert not empty, "panels without data"
+    running.stop()
+
+
+def _firing(rules: list[dict[str, Any]]) -> set[str]:
+    return {rule["name"] for rule in rules if rule.get("state") == "firing"}
