@@ -43,6 +43,8 @@ def running(
         closing.callback(made.kill)
         made.succeed("migrate")
         yield made
+        made.kill()
+        asyncio.run(made.secret())
 
 
 @pytest.fixture

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import httpx
 import redis
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import tokens
 from service.line import connect
 from service.scripts import Scripts
-from service.store import books, campaigns, control, stock
+from service.store import books, campaigns, control, schema, stock
 from service.store.database import Database
 from service.worker.audit import audit
 from service.worker.publish import change
 from service.worker.stocking import import_codes
 from tests.acceptance.test_up import environment, until, voucherd
+from tests.secrecy import leaks
 from tests.servers import RedisServer, free_port
 
 DEADLINE_S = 60.0
@@ -187,6 +189,12 @@ class Service:
         async with self.control_plane() as (database, scripts):
             report = await audit(database, scripts)
         assert report.findings == []
+
+    async def secret(self) -> None:
+        """Fails if the processes have logged a code of the store, a token or a secret."""
+        async with self.control_plane() as (database, _), database.read() as conn:
+            codes = list(await conn.scalars(select(schema.codes.c.code)))
+        assert leaks(self.log.read_text(), codes) == []
 
     async def in_quarantine(self) -> set[str]:
         """The serial numbers of the codes in quarantine."""

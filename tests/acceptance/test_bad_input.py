@@ -212,6 +212,8 @@ def edge(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ed
         service.start("serve", "work")
         asyncio.run(service.furnish(100_000))
         yield Edge(service)
+        service.kill()
+        asyncio.run(service.secret())
 
 
 Build = Callable[[Edge, str], bytes]

