@@ -333,7 +333,8 @@ def entries_come_twice(stage: Stage, rng: random.Random) -> None:
             if "issued" in fields and "seq" in fields:
                 with admin.pipeline(transaction=True) as pipe:
                     pipe.xadd(outbox, fields)
-                    pipe.hincrby(totals, "codes", int(fields["codes"]))
+                    for count in ("codes", "bytes"):
+                        pipe.hincrby(totals, count, int(fields[count]))
                     pipe.execute()
 
 
