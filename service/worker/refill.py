@@ -104,6 +104,7 @@ class Refill:
         self._now = now
         self._clock = clock
         self._lease_id = lease_id
+        self._generation = 0
         self._rates: dict[str, _Rate] = {}
         self._due: dict[str, float] = {}  # when a window that grows gets its next lease, by the clock
         self._sweep_at = -math.inf
@@ -152,6 +153,10 @@ class Refill:
         seen = await self._scripts.generation()
         if not seen.agrees:
             return Refilled()
+        if seen.open != self._generation:  # its windows begin empty, and nobody has issued what the old ones held
+            self._generation = seen.open
+            self._rates.clear()
+            self._due.clear()
         async with self._database.read() as conn:
             version = await control.version(conn)
             if self._snapshot is None or self._snapshot.version != version:

@@ -140,6 +140,18 @@ async def test_a_window_does_not_grow_beyond_what_an_outage_takes(stage: Stage) 
     assert 30 <= given < 100
 
 
+async def test_a_window_that_was_lost_is_not_taken_for_one_that_was_issued(stage: Stage) -> None:
+    """What a generation leaves behind is in quarantine: one that holds more than it needs loses more the next time."""
+    clock = Clock()
+    worker = Refill(stage.database, stage.scripts, low_water=20, store_outage_s=60, clock=clock)
+    await worker.run_once()
+    for _ in range(3):
+        await stage.scripts.redis.flushall()
+        await stage.open()
+        clock.now += 1.0
+        assert (await worker.run_once()).codes == 40
+
+
 async def test_a_pool_that_asks_is_refilled_between_two_looks_at_all(stage: Stage) -> None:
     worker = _worker(stage)
     assert (await worker.step(wait_s=0)).codes == 40
