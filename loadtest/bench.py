@@ -35,6 +35,7 @@ from loadtest.vouchers import Repeated, VoucherRequests
 
 # The targets, as ratios; each measured in the same round.
 ISSUE_MAX = 1.6  # a voucher over an answer of the no-op application
+GUARDS_MAX = 1.05  # the same with a rate limit in the script; all other guards can't be switched off
 REPLAY_MAX = 1.0  # a replay over a voucher; a hundredth more is within what a run can tell
 REFUSAL_MAX = 1.3  # a 409 over a voucher
 TWENTY_MAX = 0.5  # one of 20 vouchers of one call over an answer of the no-op application
@@ -130,7 +131,7 @@ def _cases(stack: ExitStack, options: argparse.Namespace, console: Console) -> I
     yield Case(FLOOR, stack.enter_context(contenders.noop()), VoucherRequests("vch_" + 48 * "0", "DIST-001"))
     up = stack.enter_context(
         contenders.voucherd(
-            folder, codes=4 * turns * requests, product_codes=2 * turns * requests * TWENTY // TWENTY_PART,
+            folder, codes=6 * turns * requests, product_codes=2 * turns * requests * TWENTY // TWENTY_PART,
             window=3 * requests,
         )
     )  # fmt: skip
@@ -140,6 +141,8 @@ def _cases(stack: ExitStack, options: argparse.Namespace, console: Console) -> I
     yield Case(TRACED, up, up.vouchers(traced=True))
     yield Case(ONE, up, up.v3(1), part=TWENTY_PART)
     yield Case(EACH, up, up.v3(TWENTY), part=TWENTY_PART, vouchers=TWENTY)
+    yield Case(LIMITED, up, up.limited())
+    yield Case(ISSUE_EVERYSEC, up, up.vouchers(), fsync="everysec")
     yield Case(ISSUE_NO, up, up.vouchers(), fsync="no")
     for name in COMPARED:
         if why := contenders.missing(name):
@@ -151,7 +154,9 @@ def _cases(stack: ExitStack, options: argparse.Namespace, console: Console) -> I
         yield Case(f"{name}, no", other, vouchers, part=part, fsync="no")
 
 
-FLOOR, ISSUE, ISSUE_NO = "no-op application", "voucher, always", "voucher, no"
+FLOOR = "no-op application"
+ISSUE, ISSUE_EVERYSEC, ISSUE_NO = "voucher, always", "voucher, everysec", "voucher, no"
+LIMITED = "voucher, rate limit"
 REPLAY, REFUSAL, TRACED = "replay", "409, no codes left", "voucher, new headers"
 ONE, EACH = "v3, one voucher", f"v3, each of {TWENTY}"
 
@@ -239,6 +244,7 @@ class Target(msgspec.Struct, frozen=True):
 def _targets(rounds: Sequence[dict[str, Measured]]) -> Iterator[Target]:
     wanted = [
         ("a voucher over the no-op application", ISSUE, FLOOR, ISSUE_MAX),
+        ("a voucher under a rate limit over one without", LIMITED, ISSUE, GUARDS_MAX),
         ("a replay over a voucher", REPLAY, ISSUE, REPLAY_MAX),
         ("a 409 over a voucher", REFUSAL, ISSUE, REFUSAL_MAX),
         (f"each of {TWENTY} vouchers of v3 over the no-op application", EACH, FLOOR, TWENTY_MAX),

@@ -41,6 +41,7 @@ FASTIFY = HERE / "compare" / "fastify"
 
 CAP = 1_000_000_000  # looked at for every voucher, never reached
 CAMPAIGN, CATEGORY, PRODUCT = "CAMP-001", "PAY", "PAY"
+LIMITED, RATE = "LIMITED", 1_000_000  # a distributor, and the vouchers a second that it may be issued
 DRY = "DRY"  # a campaign, its pool and its product: without a code
 SETTLE_S_MAX = 60.0  # for the worker to have written to the ledger what a measurement has issued
 FSYNC_MS = 1  # what Valkey notes of its fsyncs: those that took at least so long
@@ -61,12 +62,17 @@ class Voucherd(Contender, frozen=True, kw_only=True):
 
     data: Path  # its data directory
     demo: dict[str, str]
+    limited_token: str
     stock: Callable[[int], None]  # so many codes more are in its campaign's pool
     fsync_ms: Callable[[], float]  # the slowest fsync of its Valkey since this was asked last, in ms; 0 below FSYNC_MS
 
     def vouchers(self, product: str = PRODUCT, *, traced: bool = False) -> VoucherRequests:
         """Requests of the Voucher Request API."""
         return VoucherRequests(self.demo["token"], self.demo["distributor_id"], product, traced=traced)
+
+    def limited(self) -> VoucherRequests:
+        """Those of a distributor with a rate limit that it never reaches."""
+        return VoucherRequests(self.limited_token, LIMITED, PRODUCT)
 
     def v3(self, quantity: int) -> IssueVouchers:
         """Requests of Client API v3, with an access token that is good for an hour."""
@@ -94,11 +100,11 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         **os.environ, "VOUCHERD_PLANNED_RATE": str(max(1, window // 60)), "VOUCHERD_STORE_OUTAGE_S": "60",
     }  # fmt: skip
 
-    def command(*arguments: str) -> None:
-        subprocess.run(
+    def command(*arguments: str) -> bytes:
+        return subprocess.run(
             module("service.cli.main", *arguments, "--data-dir", str(data)),
-            env=environment, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            env=environment, check=True, stdout=subprocess.PIPE,
+        ).stdout  # fmt: skip
 
     def stock(count: int) -> None:
         command("codes", "import", CAMPAIGN, str(codes_file(folder, count)))
@@ -115,6 +121,9 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         )
         command("campaign", "create", DRY, "--category", DRY, "--product", DRY)
         command("campaign", "assign", DRY, demo["distributor_id"])
+        command("distributor", "create", LIMITED, "--rate", str(RATE))
+        command("campaign", "assign", CAMPAIGN, LIMITED)
+        limited_token = str(json.loads(command("token", "issue", LIMITED, "--json"))["token"])
         stock(codes)
         command("codes", "generate", demo["product_code"], str(product_codes), "--pattern", "B%%%%-%%%%-%%%%")
         port = int(demo["base_url"].rsplit(":", 1)[1])
@@ -124,7 +133,7 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         found = Voucherd(
             port, groups, lambda mode: _set_fsync(client, mode),
             lambda: wait_for("an empty outbox", lambda: _is_flushed(client), SETTLE_S_MAX),
-            data=data, demo=demo, stock=stock, fsync_ms=lambda: _fsync_ms(client),
+            data=data, demo=demo, limited_token=limited_token, stock=stock, fsync_ms=lambda: _fsync_ms(client),
         )  # fmt: skip
         _check(found)
         yield found

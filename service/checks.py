@@ -135,7 +135,7 @@ def _few_connections(facts: Facts) -> str | None:
 
 _CONFIG: Final = "CONFIG GET"
 _SHOW: Final = "pg_settings"
-_LOST: Final = "acknowledged vouchers are lost in a power cut, and their codes are issued again"
+_LOST: Final = "acknowledged vouchers are lost in a power cut: they end in quarantine, and their keys get others"
 
 _TABLE: Final = (
     Check(
