@@ -49,6 +49,7 @@ def test_row_02_no_lost_reply_of_redis_costs_or_doubles_a_voucher(trial: Trial) 
     assert set(trial.kinds) <= FINAL | PATIENCE
 
 
+@pytest.mark.long
 def test_row_03_no_key_gets_two_codes_when_redis_stands_still(trial: Trial) -> None:
     with trial.load():
         trial.happens("Redis stands still", seconds=3.0)
@@ -151,6 +152,7 @@ def test_row_11_an_emptied_redis_is_no_reason_to_say_unavailable(trial: Trial) -
     assert set(trial.kinds) <= FINAL | PATIENCE  # and P4 says that no 409 was wrong
 
 
+@pytest.mark.long
 def test_row_12_issuing_goes_on_while_the_store_is_away_and_nothing_is_lost(trial: Trial) -> None:
     sources = trial.stage.world.sources_of("PAY", "TRM")
     with trial.load(sources=sources, rate=100.0) as load:
@@ -177,6 +179,7 @@ def test_row_12_at_the_bound_new_requests_are_refused_and_replays_go_on(trial: T
     assert set(trial.kinds) <= FINAL | PATIENCE
 
 
+@pytest.mark.long
 @pytest.mark.stage("postgresql")
 def test_row_13_what_was_committed_is_there_after_the_store_died(trial: Trial) -> None:
     with trial.load() as load:

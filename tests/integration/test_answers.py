@@ -131,6 +131,14 @@ async def test_a_store_older_than_the_catalogue_in_use_tells_nothing(flushed: Fl
     assert await flushed.keys_told((TOKEN, OLD), version=version + 1) == set()
 
 
+async def _in_the_end(service: Issuer, request: Request) -> object:
+    """What a client hears that asks again after 503: a store that takes too long is away for a moment."""
+    async with asyncio.timeout(20):
+        while isinstance(said := await service.issue(TOKEN, request), Busy):
+            await asyncio.sleep(0.05)
+    return said
+
+
 async def test_with_redis_gone_the_issuer_replays_from_the_ledger_and_issues_nothing(flushed: Flushed) -> None:
     stage = flushed.stage
     with socket.create_server(("127.0.0.1", 0)) as taken:  # closed below: a port that refuses
@@ -157,10 +165,10 @@ async def test_with_redis_gone_the_issuer_replays_from_the_ledger_and_issues_not
             began = time.perf_counter()
             assert await service.issue(TOKEN, new) == Busy("store_unreachable")
             took.append(time.perf_counter() - began)
-            assert await service.issue(TOKEN, OLD) == Issued(answer.detail, replayed=True)
+            assert await _in_the_end(service, OLD) == Issued(answer.detail, replayed=True)
             assert await service.issue(OTHER, OLD) == Busy("store_unreachable")
         reused = Request("v1", DISTRIBUTOR, "old", DISTRIBUTOR, ("MOB",), "T1\tMOB")
-        assert await service.issue(TOKEN, reused) == KeyReused()
+        assert await _in_the_end(service, reused) == KeyReused()
         print(f"503 after a look in the ledger, median: {sorted(took)[len(took) // 2] * 1e3:.1f} ms")
         assert await stage.scripts.redis.llen("{0}:1:window:CAMP-001") == 26, "something new was issued"
     finally:

@@ -152,7 +152,7 @@ def test_another_distributors_voucher_is_different_and_one_of_a_lost_window_quar
     }  # fmt: skip
 
 
-def test_a_million_lines_take_no_more_memory_than_a_few(
+def test_many_lines_take_no_more_memory_than_a_few(
     store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lines come from nowhere, so that only what is kept of them counts."""
