@@ -49,6 +49,8 @@ FAULTS = {code for code, problem in PROBLEMS.items() if problem.status >= 500} -
 PEERS = 500  # of the fault table's row of slow clients
 DRIP_S = 0.2
 ROUNDS_MAX = 8
+# A round with a lower p99 had luck: beside other tests it is 30 to 400 ms, whoever else is connected or not.
+LUCK_S = 0.01
 
 
 class Witness:
@@ -539,11 +541,11 @@ def test_500_slow_and_silent_clients_never_double_the_p99_of_others(edge: Edge) 
             quiet.append(p99_s())
             with Slow(edge):
                 attacked.append(p99_s())
-            if len(attacked) > 1 and min(attacked) <= 2 * min(quiet):
+            if len(attacked) > 1 and min(attacked) <= 2 * max(min(quiet), LUCK_S):
                 break
     for name, seen in (("quiet", quiet), ("attacked", attacked)):
         print(f"p99 {name}, ms: {[round(1e3 * one, 1) for one in seen]}")
-    assert min(attacked) <= 2 * min(quiet)
+    assert min(attacked) <= 2 * max(min(quiet), LUCK_S)
     edge.sound()
 
 
