@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import IntegrityError
 
 from service import keys, metrics
-from service.catalogue import Snapshot, can_issue
+from service.catalogue import Campaign, Snapshot, can_issue
 from service.errors import Conflict, GenerationClosed, RedisUnreachable, StoreIsOlder
 from service.scripts import Scripts, Window
 from service.store import control, generations, ledger, stock
@@ -80,6 +80,21 @@ class _Wanted(NamedTuple):
     low_water: int
 
 
+class _Served(NamedTuple):
+    """A pool that the ``campaigns`` of a catalogue issue from."""
+
+    least_life_s: int
+    campaigns: list[Campaign]
+
+
+def _served(snapshot: Snapshot) -> dict[str, _Served]:
+    least_life_s = {pool.id: pool.least_life_s for pool in snapshot.pools}
+    found: dict[str, _Served] = {}
+    for campaign in snapshot.campaigns:
+        found.setdefault(campaign.pool, _Served(least_life_s[campaign.pool], [])).campaigns.append(campaign)
+    return found
+
+
 class Refill:
     """Refills the windows of one partition.  ``low_water`` and ``store_outage_s``: see ``settings``; ``fill`` makes
     codes for pools that are generated, without it none are."""
@@ -109,7 +124,8 @@ class Refill:
         self._due: dict[str, float] = {}  # when a window that grows gets its next lease, by the clock
         self._sweep_at = -math.inf
         self._forked: set[tuple[int, str]] = set()
-        self._snapshot: Snapshot | None = None
+        self._version = -1  # of the catalogue that ``_served`` is of
+        self._served: dict[str, _Served] = {}
 
     async def step(self, *, wait_s: float) -> Refilled:
         """Waits, at most ``wait_s``, until a pool asks for codes or is due; then refills these, and every SWEEP_S all.
@@ -159,37 +175,32 @@ class Refill:
             self._due.clear()
         async with self._database.read() as conn:
             version = await control.version(conn)
-            if self._snapshot is None or self._snapshot.version != version:
-                self._snapshot = await control.snapshot(conn, version)
+            if self._version != version:
+                self._served, self._version = _served(await control.snapshot(conn, version)), version
         if seen.fence > version:
             return Refilled()  # the store is older than Redis; the watch says so
-        least_life = {pool.id: pool.least_life_s for pool in self._snapshot.pools}
-        known = {campaign.pool for campaign in self._snapshot.campaigns}
-        asked = sorted(known if pools is None else known.intersection(pools))
-        now = self._now()
-        live = {campaign.pool for campaign in self._snapshot.campaigns if can_issue(campaign, now)}
+        asked = sorted(self._served if pools is None else self._served.keys() & pools)
         total = Refilled()
         for start in range(0, len(asked), POOLS_MAX):
             books = await self._scripts.books(asked[start : start + POOLS_MAX], generation=seen.open)
             if books is None:
                 break
-            total += await self._below(seen.open, books.windows, live, least_life)
+            total += await self._below(seen.open, books.windows)
         return total
 
-    async def _below(
-        self, generation: int, windows: Mapping[str, Window], live: Collection[str], least_life_s: Mapping[str, int]
-    ) -> Refilled:
+    async def _below(self, generation: int, windows: Mapping[str, Window]) -> Refilled:
         """``run_once`` for these ``windows``."""
         async with self._database.read() as conn:
             versions = await stock.stock_versions(conn, list(windows))
             last = {pool: window.lease for pool, window in windows.items()}
             unapplied = await stock.followers(conn, self._scripts.partition, generation, last)
-        todo = dict[str, _Wanted]()
+        now, todo = self._now(), dict[str, _Wanted]()
         for pool, window in windows.items():
             if window.stock < versions[pool]:
                 await self._scripts.stock(pool, versions[pool], generation=generation)
             wanted = self._wanted(pool, window)
-            if pool not in live:
+            if not any(can_issue(campaign, now) for campaign in self._served[pool].campaigns):
+                self._due.pop(pool, None)
                 wanted = _Wanted(0, wanted.low_water)  # a lease that was made is applied all the same
             if (generation, pool) in self._forked or (pool not in unapplied and window.exhausted == versions[pool]):
                 self._due.pop(pool, None)
@@ -199,7 +210,7 @@ class Refill:
         if todo:  # what is leased from an older store may have been leased before
             await refuse_older(self._database, self._scripts, list(todo))
         for pool, wanted in todo.items():
-            total += await self._refill(generation, pool, windows[pool], wanted, least_life_s[pool])
+            total += await self._refill(generation, pool, windows[pool], wanted, self._served[pool].least_life_s)
         return total
 
     def _wanted(self, pool: str, window: Window) -> _Wanted:

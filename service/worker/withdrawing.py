@@ -143,13 +143,12 @@ async def _became(database: Database, gone: Sequence[Leased]) -> tuple[int, int]
 async def all_applied(database: Database, scripts: Scripts, refill: Refill, pool: str, generation: int) -> bool:
     """Whether every lease of the pool has come to its window: what is in none of both can't be taken out."""
     for _ in range(2):
-        async with database.read() as conn:
-            end = (await stock.chain_ends(conn, scripts.partition, generation)).get(pool)
         books = await scripts.books([pool], generation=generation)
         if books is None:
             return False
-        if end is None or books.windows[pool].lease == end.id:
-            return True
+        async with database.read() as conn:
+            if await stock.ends_with(conn, scripts.partition, generation, pool, books.windows[pool].lease):
+                return True
         await refill.run_once([pool])
     return False
 
