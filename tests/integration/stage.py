@@ -118,8 +118,24 @@ class Stage:
         assert reply.status == "OK"
         return reply.answers
 
+    async def issue_everything(self) -> list[str]:
+        """All codes that could still be issued, and all of them are in the ledger."""
+        given: list[str] = []
+        for round_number in range(40):
+            await self.refill.run_once()
+            answers = await self.issue(*(f"all-{round_number}-{number}" for number in range(20)))
+            given += [Record.unpack(one.detail).codes[0].code for one in answers if one.status == "ISSUED"]
+            await self.flush.run_once()
+            if {one.status for one in answers} == {"NONE"}:
+                return given
+        raise AssertionError("the pool is never exhausted")
+
     async def audit(self) -> Report:
         return await audit(self.database, self.scripts)
+
+    async def balanced(self) -> None:
+        """The audit finds nothing."""
+        assert (await self.audit()).findings == []
 
 
 @asynccontextmanager

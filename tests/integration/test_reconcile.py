@@ -212,22 +212,6 @@ def _unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *codes: int, more: 
     )  # fmt: skip
 
 
-async def _issue_everything(stage: Stage) -> list[str]:
-    given: list[str] = []
-    for round_number in range(40):
-        await stage.refill.run_once()
-        answers = await stage.issue(*(f"all-{round_number}-{number}" for number in range(20)))
-        given += [Record.unpack(one.detail).codes[0].code for one in answers if one.status == "ISSUED"]
-        await stage.flush.run_once()
-        if {one.status for one in answers} == {"NONE"}:
-            return given
-    raise AssertionError("the pool is never exhausted")
-
-
-async def _balanced(stage: Stage) -> None:
-    assert (await stage.audit()).findings == []
-
-
 def test_codes_that_nobody_received_are_issued_again_and_those_received_never(
     store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,10 +226,10 @@ def test_codes_that_nobody_received_are_issued_again_and_those_received_never(
     [counted] = orjson.loads(ok("codes", "count", "--json").stdout)
     assert (counted["quarantined"], counted["taken_back"], counted["stored"]) == (1, 35, 95)
     assert orjson.loads(_unseen(tmp_path, monkeypatch, *seen, more=("--yes",)).stdout)["unseen"] == 0
-    store(_balanced)
-    given = store(_issue_everything)
+    store(Stage.balanced)
+    given = store(Stage.issue_everything)
     assert sorted(given) == ["CODE-0004", *(f"CODE-{number:04}" for number in range(6, CODES))]
-    store(_balanced)
+    store(Stage.balanced)
     assert [one[0] for one in store(_logged)].count("return unseen") == 2
 
 
@@ -266,7 +250,7 @@ def test_a_late_flush_of_a_returned_code_is_an_incident_and_no_second_voucher(
     entries = store(lose)
     done = orjson.loads(_unseen(tmp_path, monkeypatch, 0, 1, 2, 3, more=("--yes",)).stdout)
     assert done["unseen"] == 36
-    assert store(_issue_everything).count("CODE-0004") == 1
+    assert store(Stage.issue_everything).count("CODE-0004") == 1
 
     async def late(stage: Stage) -> None:
         done = await stage.flush.settle(1, entries)

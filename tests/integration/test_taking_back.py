@@ -43,20 +43,12 @@ def _counted() -> dict[str, int]:
     return {name: value for name, value in found.items() if name != "pool" and value}
 
 
-async def _balanced(stage: Stage) -> None:
-    assert (await stage.audit()).findings == []
-
-
-async def _issue_everything(stage: Stage) -> list[str]:
-    given: list[str] = []
-    for round_number in range(40):
-        await stage.refill.run_once()
-        answers = await stage.issue(*(f"all-{round_number}-{number}" for number in range(20)))
-        given += [Record.unpack(one.detail).codes[0].code for one in answers if one.status == "ISSUED"]
-        await stage.flush.run_once()
-        if {one.status for one in answers} == {"NONE"}:
-            return given
-    raise AssertionError("the pool is never exhausted")
+def _on_their_way(store: OnStage, tmp_path: Path) -> None:
+    """Three are issued, the other 37 of the window in the outbox, on their way back."""
+    stocked(tmp_path, CODES)
+    store(three_issued)
+    ok("campaign", "pause", "CAMP-001")
+    _take_back("--yes", exit_code=1)
 
 
 async def _window(stage: Stage) -> list[Code]:
@@ -77,9 +69,9 @@ def test_what_was_in_windows_is_stock_again_and_each_code_is_issued_once(store: 
     assert _take_back("--yes", exit_code=1) == {
         "returned_to_stock": 0, "on_the_way_to_stock": 37, "unfinished": False
     }  # fmt: skip
-    store(_balanced)
+    store(Stage.balanced)
     assert store(lambda stage: stage.flush.run_once()).codes == 37
-    store(_balanced)
+    store(Stage.balanced)
     assert _counted() == {"imported": CODES + 37, "stored": CODES - 3, "issued": 3, "taken_back": 37}
     assert _take_back("--yes") == {"returned_to_stock": 0, "on_the_way_to_stock": 0, "unfinished": False}
     audited = orjson.loads(ok("audit", "--json").stdout)
@@ -87,9 +79,9 @@ def test_what_was_in_windows_is_stock_again_and_each_code_is_issued_once(store: 
     logged = store(_logged)
     assert [action for action, _ in logged if action == "pool take-back"] == ["pool take-back"] * 2
     ok("campaign", "resume", "CAMP-001")
-    given = store(_issue_everything)
+    given = store(Stage.issue_everything)
     assert sorted(given) == [f"CODE-{number:04}" for number in range(3, CODES)]
-    store(_balanced)
+    store(Stage.balanced)
 
 
 async def _logged(stage: Stage) -> list[tuple[str, str]]:
@@ -111,7 +103,7 @@ def test_windows_are_not_filled_again_while_no_campaign_can_issue(store: OnStage
         assert await _window(stage) == []
 
     store(work)
-    store(_balanced)
+    store(Stage.balanced)
 
 
 def test_a_lease_on_its_way_is_taken_back_too(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +120,7 @@ def test_a_lease_on_its_way_is_taken_back_too(store: OnStage, tmp_path: Path, mo
     assert _take_back("--yes", exit_code=1)["on_the_way_to_stock"] == 40
     store(lambda stage: stage.flush.run_once())
     assert _counted() == {"imported": CODES + 40, "stored": CODES, "taken_back": 40}
-    store(_balanced)
+    store(Stage.balanced)
 
 
 async def _killed(*_: object, **__: object) -> Any:
@@ -149,10 +141,7 @@ async def _killed(*_: object, **__: object) -> Any:
 def test_a_worker_killed_at_any_line_loses_no_code_and_doubles_none(
     store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, step: str, after: bool
 ) -> None:
-    stocked(tmp_path, CODES)
-    store(three_issued)
-    ok("campaign", "pause", "CAMP-001")
-    _take_back("--yes", exit_code=1)
+    _on_their_way(store, tmp_path)
 
     async def killed(stage: Stage) -> None:
         with monkeypatch.context() as patch:
@@ -170,9 +159,9 @@ def test_a_worker_killed_at_any_line_loses_no_code_and_doubles_none(
                 await stage.flush.run_once()
 
     async def again(stage: Stage) -> None:
-        await _balanced(stage)
+        await stage.balanced()
         await stage.flush.run_once()  # the worker's own pending entries first, as after a restart
-        await _balanced(stage)
+        await stage.balanced()
 
     async def killed_and_again(stage: Stage) -> None:
         await killed(stage)
@@ -181,16 +170,13 @@ def test_a_worker_killed_at_any_line_loses_no_code_and_doubles_none(
     store(killed_and_again)
     assert _counted() == {"imported": CODES + 37, "stored": CODES - 3, "issued": 3, "taken_back": 37}
     ok("campaign", "resume", "CAMP-001")
-    given = store(_issue_everything)
+    given = store(Stage.issue_everything)
     assert sorted(given) == [f"CODE-{number:04}" for number in range(3, CODES)]
-    store(_balanced)
+    store(Stage.balanced)
 
 
 def test_what_redis_lost_on_its_way_back_is_in_quarantine_and_in_nobodys_hands(store: OnStage, tmp_path: Path) -> None:
-    stocked(tmp_path, CODES)
-    store(three_issued)
-    ok("campaign", "pause", "CAMP-001")
-    _take_back("--yes", exit_code=1)
+    _on_their_way(store, tmp_path)
 
     async def lose(stage: Stage) -> None:
         await stage.scripts.redis.flushall()
@@ -200,15 +186,12 @@ def test_what_redis_lost_on_its_way_back_is_in_quarantine_and_in_nobodys_hands(s
     assert _counted() == {"imported": CODES, "stored": CODES - 40, "issued": 3, "quarantined": 37}
     assert _take_back("--yes") == {"returned_to_stock": 0, "on_the_way_to_stock": 0, "unfinished": False}
     ok("campaign", "resume", "CAMP-001")
-    assert sorted(store(_issue_everything)) == [f"CODE-{number:04}" for number in range(40, CODES)]
-    store(_balanced)
+    assert sorted(store(Stage.issue_everything)) == [f"CODE-{number:04}" for number in range(40, CODES)]
+    store(Stage.balanced)
 
 
 def test_codes_that_a_roll_finds_in_the_outbox_come_back_as_well(store: OnStage, tmp_path: Path) -> None:
-    stocked(tmp_path, CODES)
-    store(three_issued)
-    ok("campaign", "pause", "CAMP-001")
-    _take_back("--yes", exit_code=1)
+    _on_their_way(store, tmp_path)
 
     async def rolled(stage: Stage) -> None:
         await stage.scripts.redis.hset(keys.generation(0), mapping={"replid": "0" * 40, "run_id": "0" * 40})
@@ -218,14 +201,11 @@ def test_codes_that_a_roll_finds_in_the_outbox_come_back_as_well(store: OnStage,
 
     store(rolled)
     assert _counted() == {"imported": CODES + 37, "stored": CODES - 3, "issued": 3, "taken_back": 37}
-    store(_balanced)
+    store(Stage.balanced)
 
 
 def test_codes_on_their_way_back_can_be_withdrawn_once_they_are_in_stock(store: OnStage, tmp_path: Path) -> None:
-    stocked(tmp_path, CODES)
-    store(three_issued)
-    ok("campaign", "pause", "CAMP-001")
-    _take_back("--yes", exit_code=1)
+    _on_their_way(store, tmp_path)
     (tmp_path / "leaked.csv").write_text("code\nCODE-0010\nCODE-0099\n")
     withdraw = ("pool", "withdraw", "CAMP-001", "--codes", str(tmp_path / "leaked.csv"), "--reason", "x", "--yes")
     first = orjson.loads(ok(*withdraw, "--json").stdout)
@@ -234,8 +214,8 @@ def test_codes_on_their_way_back_can_be_withdrawn_once_they_are_in_stock(store: 
     again = orjson.loads(ok(*withdraw, "--json").stdout)
     assert (again["withdrawn_from_stock"], again["withdrawn_before"]) == (1, 1)
     ok("campaign", "resume", "CAMP-001")
-    assert not set(store(_issue_everything)) & {"CODE-0010", "CODE-0099"}
-    store(_balanced)
+    assert not set(store(Stage.issue_everything)) & {"CODE-0010", "CODE-0099"}
+    store(Stage.balanced)
 
 
 def test_a_partition_that_is_being_recovered_is_said_to_be_unfinished(store: OnStage, tmp_path: Path) -> None:
@@ -282,7 +262,7 @@ def test_codes_go_back_and_forth_for_long_and_each_is_issued_once(
                 "CAMP-001", rng.randrange(1, 60), generation=generation, outbox_max=OUTBOX_MAX
             )
             await stage.flush.run_once()
-            await _balanced(stage)
+            await stage.balanced()
             async with stage.database.write() as conn:  # what is back comes back no second time
                 at = [(code.lot, code.seq) for code in taken if isinstance(code, Code)]
                 before = await returning.returned(conn, "CAMP-001")
@@ -291,6 +271,6 @@ def test_codes_go_back_and_forth_for_long_and_each_is_issued_once(
         return given
 
     given = store(forth)
-    given += store(_issue_everything)
+    given += store(Stage.issue_everything)
     assert sorted(given) == [f"CODE-{number:04}" for number in range(CODES)]
-    store(_balanced)
+    store(Stage.balanced)

@@ -36,20 +36,7 @@ def _withdraw(*arguments: str, exit_code: int = 0) -> dict[str, Any]:
 
 async def _issue_everything(stage: Stage) -> set[str]:
     """All codes that can still be issued, and all of them in the ledger."""
-    given: set[str] = set()
-    for round_number in range(40):
-        await stage.refill.run_once()
-        answers = await stage.issue(*(f"all-{round_number}-{number}" for number in range(20)))
-        given |= {Record.unpack(one.detail).codes[0].code for one in answers if one.status == "ISSUED"}
-        await stage.flush.run_once()
-        if {one.status for one in answers} == {"NONE"}:
-            return given
-    raise AssertionError("the pool is never exhausted")
-
-
-async def _balanced(stage: Stage) -> None:
-    report = await stage.audit()
-    assert report.findings == []
+    return set(await stage.issue_everything())
 
 
 def _names(*numbers: int) -> set[str]:
@@ -69,16 +56,16 @@ def test_codes_leave_stock_and_windows_and_the_books_balance(store: OnStage, tmp
     assert _withdraw("--codes", leaked) == {
         "withdrawn_from_stock": 3, "withdrawn_from_windows": 3, "issued_already": 1, "not_of_this_pool": 1,
     }  # fmt: skip
-    store(_balanced)
+    store(Stage.balanced)
     store(lambda stage: stage.flush.run_once())
-    store(_balanced)
+    store(Stage.balanced)
     assert _withdraw("--codes", leaked) == {"withdrawn_before": 6, "issued_already": 1, "not_of_this_pool": 1}
     audited = orjson.loads(ok("audit", "--json").stdout)
     assert (audited["partition"]["withdrawn"], audited["pools"][0]["withdrawn"]) == (3, 3)
     assert "withdrawn" in ok("audit").stdout
     given = store(_issue_everything)
     assert given == _names(*range(3, CODES)) - _names(10, 11, 30, 70, 71, 99)
-    store(_balanced)
+    store(Stage.balanced)
     assert run("codes", "import", "CAMP-001", leaked, "--json").exit_code == 0  # 4711 is new, the others are known
     assert store(_issue_everything) == _names(4711)
 
@@ -94,7 +81,7 @@ def test_a_whole_lot_leaves_at_once(store: OnStage, tmp_path: Path, monkeypatch:
     store(lambda stage: stage.flush.run_once())
     assert _withdraw("--lot", str(lot)) == {}
     assert store(_issue_everything) == set()
-    store(_balanced)
+    store(Stage.balanced)
     assert orjson.loads(ok("audit", "--json").stdout)["pools"][0]["stored"] == 0
     refused("pool", "withdraw", "CAMP-001", "--lot", "77", "--reason", "x", "--yes", says="has no lot 77")
 
@@ -118,7 +105,7 @@ def test_a_lease_on_its_way_is_applied_first(store: OnStage, tmp_path: Path) -> 
     assert _withdraw("--codes", _leaked(tmp_path, 5, 6)) == {"withdrawn_from_windows": 2}
     given = store(_issue_everything)
     assert not given & _names(5, 6)
-    store(_balanced)
+    store(Stage.balanced)
 
 
 def test_what_was_lost_with_redis_is_in_quarantine_and_said_to_be(store: OnStage, tmp_path: Path) -> None:
@@ -132,7 +119,7 @@ def test_what_was_lost_with_redis_is_in_quarantine_and_said_to_be(store: OnStage
     store(lose)
     assert _withdraw("--codes", _leaked(tmp_path, 5, 60)) == {"in_quarantine": 1, "withdrawn_from_stock": 1}
     assert not store(_issue_everything) & _names(5, 60)
-    store(_balanced)
+    store(Stage.balanced)
 
 
 def test_a_partition_that_is_being_recovered_is_said_to_be_unreached(
@@ -196,7 +183,7 @@ async def _race(stage: Stage, rng: random.Random) -> None:
     assert done.stock + done.windows + len(early) == len(doomed)
     assert len(given) + done.stock + done.windows == CODES
     await stage.flush.run_once()
-    await _balanced(stage)
+    await stage.balanced()
 
 
 def test_no_withdrawn_code_is_issued_while_issuing_goes_on(store: OnStage, tmp_path: Path, rng: random.Random) -> None:
