@@ -148,7 +148,7 @@ def rows_of(entries: Sequence[Entry], now: int, ids: IdKeys) -> Rows:
                 known_by: tuple[bytes | None, str | None, int | None] = (None, None, None)
                 if rule.id_key:
                     voucher_id, short, pin = ids.identity(rule.id_key, code.lot, code.seq)
-                    known_by = (voucher_id.to_bytes(16, "big"), short, pin)
+                    known_by = (bytes.fromhex(voucher_id.replace("-", "")), short, pin)
                 rows.issuances.append(
                     IssuanceRow(
                         partition, generation, outbox_seq, ordinal, first, code.lot, code.seq, code.code, code.serial,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import parse_qsl
+from uuid import UUID
 
 from service.domain import Terms
 from service.identity import Identity
@@ -89,7 +90,7 @@ def uuid_of(text: str) -> bytes | None:
 def _told(held: Held, now: int) -> str:
     return told_now(
         Terms.unpack(held.terms), held.product, held.face_value, held.code,
-        Identity(int.from_bytes(held.voucher_id, "big"), held.short, held.pin), held.issued_at, held.code_expires_at,
+        Identity(str(UUID(bytes=held.voucher_id)), held.short, held.pin), held.issued_at, held.code_expires_at,
         status=held.status, remaining=held.remaining, now=now,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from service.domain import Terms
-from service.identity import Identity, uuid_text
+from service.identity import Identity
 from service.vouchers import expires_at, local_time, voucher_name
 
 Render = Callable[[str, Identity, int, int], str]
@@ -58,7 +58,7 @@ def _renderer(terms: Terms, product: str, face_value: int | None, status: str, r
     def render(code: str, identity: Identity, issued_at: int, code_expires_at: int) -> str:
         if '"' in code or "\\" in code:
             code = _json(code)[1:-1]
-        voucher_id = uuid_text(identity.voucher_id)
+        voucher_id = identity.voucher_id
         expiration = local_time(expires_at(terms, issued_at, code_expires_at), terms.time_zone)
         short = f'"short_url":{short_url}{identity.short}","short_url_pin":{identity.pin}}}' if terms.short_url else ""
         return (

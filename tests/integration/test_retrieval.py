@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import event
@@ -40,7 +41,7 @@ def _reading(stage: Stage, deadline_s: float = DEADLINE_S) -> LedgerReading:
 
 
 def _ids(record: Record) -> list[bytes]:
-    return [IDS.identity("k1", code.lot, code.seq).voucher_id.to_bytes(16, "big") for code in record.codes]
+    return [UUID(IDS.identity("k1", code.lot, code.seq).voucher_id).bytes for code in record.codes]
 
 
 async def _until(condition: Any, what: str) -> None:

@@ -33,9 +33,7 @@ async def _two(stage: Stage) -> list[tuple[str, str]]:
     records = [await stage.issue_v3("many"), await stage.issue_v3("once", terms=ONCE)]
     await stage.flush.run_once()
     return [
-        (str(UUID(int=IDS.identity("k1", code.lot, code.seq).voucher_id)), code.code)
-        for record in records
-        for code in record.codes
+        (IDS.identity("k1", code.lot, code.seq).voucher_id, code.code) for record in records for code in record.codes
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from service import zones
 from service.domain import Terms
 from service.errors import UnknownIdKey
-from service.identity import IdKeys, uuid_text
+from service.identity import IdKeys
 from service.vouchers import expires_at, local_time, voucher_name
 
 TERMS = Terms("Gift", True, False, True, True, "SGD", 1000, "", "Asia/Singapore", "https://v/", "")
@@ -97,12 +98,18 @@ KEYS = IdKeys("k2", {"k1": b"1" * 32, "k2": b"2" * 32})
 def test_an_id_is_a_uuid_4_and_always_the_same(lot: int, seq: int) -> None:
     one = KEYS.identity("k1", lot, seq)
     assert one == IdKeys("k1", {"k1": b"1" * 32}).identity("k1", lot, seq)
-    text = uuid_text(one.voucher_id)
+    text = one.voucher_id
+    assert text == str(UUID(text))
     assert (text[14], text[19] in "89ab", len(text)) == ("4", True, 36)
     assert len(one.short) == 11
     assert one.short.isalnum()
     assert 1_000 <= one.pin <= 9_999
     assert one != KEYS.identity("k2", lot, seq)
+
+
+def test_ids_of_vouchers_that_were_issued_never_change() -> None:
+    ids = IdKeys("k1", {"k1": b"k" * 32})
+    assert ids.identity("k1", 3, 100) == ("3d746ad5-91f1-40b9-ab0d-5eccbc920cb4", "1SiOG0z7gwp", 1254)
 
 
 def test_no_two_vouchers_share_an_id_or_a_link_and_pins_are_spread() -> None:
