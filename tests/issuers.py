@@ -95,6 +95,11 @@ class FakeIssuer:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda done: answered(done.result()))
 
+    def forget(self) -> None:
+        """The retention of every key is over."""
+        self._records.clear()
+        self._payloads.clear()
+
     async def issue(self, credential: str, request: Request) -> Outcome:
         self.asked.append(request)
         if self.gate is not None:

@@ -100,6 +100,15 @@ class AccessTokens:
         self._private: dict[str, Any] = {}
         self._remembered: dict[bytes, Access] = {}
 
+    def remembered(self, authorization: bytes, scope: str) -> Access | None:
+        """Whom ``admit`` admits without waiting; None if it has more to look at, or refuses."""
+        if (catalogue := self._issuer.catalogue) is not None:
+            self._use_keys_of(catalogue)
+        access = self._remembered.get(authorization)
+        if access is None or access.until <= self._unix_clock() or scope not in access.scopes:
+            return None
+        return access
+
     async def admit(self, authorization: bytes, scope: str) -> Access | str:
         """Who sends this Authorization header, if its token grants ``scope``; else the name of the refusal.
 

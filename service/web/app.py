@@ -1,6 +1,6 @@
 """The ASGI application of the public port: the one place where its parts are put together.
 
-A plain voucher request gets here past ASGI (``begin``), any other one ahead of Starlette's router and middleware,
+A plain request for vouchers gets here past ASGI (``begin``), any other one ahead of Starlette's router and middleware,
 which cost 10 us a request; every other path goes through Starlette.  Whatever happens, the answer is in the
 contract's form.
 """
@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Protocol
+from typing import Final, Protocol
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
@@ -22,19 +22,17 @@ from service import metrics
 from service.domain import Outcome
 from service.domain import Request as Asked
 from service.web.defects import note_defect, problems_only
-from service.web.problems import Answer, problem
-from service.web.v1 import PATH, Head, Issuing, VoucherRequests, plain, plain_head, told
+from service.web.exchange import Head, PlainApi
+from service.web.problems import Answer
+from service.web.v1 import PATH, Issuing, VoucherRequests
 from service.web.v3 import PREFIX, ClientApi
 
 
-class Api(Protocol):
+class Api(PlainApi, Protocol):
     """One of the published contracts."""
 
     async def answer(self, scope: Scope, receive: Receive) -> Answer | None:
         """The answer to one request; None if the client went away while it was sending."""
-
-    def refused(self, code: str) -> Answer:
-        """``draining`` or ``internal`` in the contract's form."""
 
 
 class App:
@@ -45,7 +43,6 @@ class App:
 
     def __init__(self, issuer: Issuing, client_api: ClientApi | None = None, routes: Sequence[BaseRoute] = ()) -> None:
         self._tallies = {"v1": metrics.Tally("v1"), "v3": metrics.Tally("v3")}
-        self._tally = self._tallies["v1"]
         self._issuer = issuer
         self._vouchers = VoucherRequests(issuer)
         self._client_api = client_api
@@ -53,13 +50,13 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == PATH:
-            await self._answer(self._vouchers, self._tally, scope, receive, send)
+            await self._answer(self._vouchers, scope, receive, send)
         elif scope["type"] == "http" and self._client_api is not None and scope["path"].startswith(PREFIX):
-            await self._answer(self._client_api, self._tallies["v3"], scope, receive, send)
+            await self._answer(self._client_api, scope, receive, send)
         else:
             await self._others(scope, receive, send)
 
-    async def _answer(self, api: Api, tally: metrics.Tally, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, api: Api, scope: Scope, receive: Receive, send: Send) -> None:
         began = perf_counter()
         answer: Answer | None
         try:
@@ -73,7 +70,7 @@ class App:
             return
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body})
-        tally.count(answer.status, answer.code, perf_counter() - began, answer.distributor, answer.campaign)
+        self._count(api, answer, began)
 
     @property
     def ready(self) -> bool:
@@ -89,34 +86,44 @@ class App:
         """A bounded part of what was counted is in the metrics; whether there is more of it."""
         return any(tally.flush_some() for tally in self._tallies.values())
 
-    def head(self, headers: dict[bytes, bytes]) -> Head | None:
-        """What the headers of a voucher request say, if it may be a plain one."""
-        return plain_head(headers)
+    def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
+        """What a POST to ``path`` says, if it may be a plain request for vouchers."""
+        if path == _VOUCHER_PATH:
+            return self._vouchers.head(path, headers)
+        return None if self._client_api is None else self._client_api.head(path, headers)
 
-    def begin(self, head: Head, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
-        """Answers a voucher request that came whole, by calling ``answered`` once.  False: it is not a plain one (or
-        not one at all), nothing was done, and ``__call__`` answers it."""
+    def begin(self, head: Head, key: bytes, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+        """Answers a request for vouchers that came whole, by calling ``answered`` once.  False: it is not a plain one
+        (or not one at all), nothing was done, and ``__call__`` answers it."""
         began = perf_counter()
         try:
-            if (request := plain(head, body)) is None:
+            if (asked := head.api.plain(head, key, body)) is None:
                 return False
-            self._issuer.submit(head.token, request, partial(self._settle, answered, request, began))
+            credential, request = asked
+            self._issuer.submit(credential, request, partial(self._settle, answered, head.api, request, key, began))
         except Exception as fault:  # noqa: BLE001 - as above
-            note_defect(fault, PATH)
-            self._tell(answered, problem("internal"), began)
+            note_defect(fault, head.api.name)
+            self._tell(answered, head.api, head.api.refused("internal"), began)
         return True
 
-    def _settle(self, answered: Callable[[Answer], None], request: Asked, began: float, outcome: Outcome) -> None:
+    def _settle(
+        self, answered: Callable[[Answer], None], api: PlainApi, request: Asked, key: bytes, began: float,
+        outcome: Outcome,
+    ) -> None:  # fmt: skip
         try:
-            answer = told(outcome, request)
+            answer = api.told(outcome, request, key)
         except Exception as fault:  # noqa: BLE001 - as above
-            note_defect(fault, PATH)
-            answer = problem("internal")
-        self._tell(answered, answer, began)
+            note_defect(fault, api.name)
+            answer = api.refused("internal")
+        self._tell(answered, api, answer, began)
 
-    def _tell(self, answered: Callable[[Answer], None], answer: Answer, began: float) -> None:
+    def _tell(self, answered: Callable[[Answer], None], api: PlainApi, answer: Answer, began: float) -> None:
         answered(answer)
-        self._tally.count(answer.status, answer.code, perf_counter() - began, answer.distributor, answer.campaign)
+        self._count(api, answer, began)
+
+    def _count(self, api: PlainApi, answer: Answer, began: float) -> None:
+        seconds = perf_counter() - began
+        self._tallies[api.name].count(answer.status, answer.code, seconds, answer.distributor, answer.campaign)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -125,3 +132,6 @@ class App:
         yield
         await self._issuer.drain()
         self.flush_tallies()
+
+
+_VOUCHER_PATH: Final = PATH.encode()

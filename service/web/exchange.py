@@ -1,4 +1,4 @@
-"""One voucher request and its answer without ASGI in between: what most requests of a peak are.
+"""One request for vouchers and its answer without ASGI in between: what most requests of a peak are.
 
 uvicorn makes a task, a scope, an event and two messages for each request, which together cost more than all that
 voucherd does for it.  A plain request needs none of them: its body is here in one piece, and its answer comes by a
@@ -14,19 +14,52 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
 
+import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from service.web.problems import Answer, Headers, problem
-from service.web.v1 import Head
+from service.domain import Outcome, Request
+from service.web.problems import Answer, Headers
+
+
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """What the headers of a request say if nothing about them is wrong or unusual.
+
+    ``length`` is that of the body in bytes; ``keyed``: there is one Idempotency-Key among them, whose value is looked
+    at with the body, so that requests which differ in it alone have one head.
+    """
+
+    api: PlainApi
+    length: int
+    keyed: bool
+
+
+class PlainApi(Protocol):
+    """What each of the published contracts offers beside ASGI."""
+
+    @property
+    def name(self) -> str:
+        """Which one: ``v1`` or ``v3``."""
+
+    def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
+        """What a POST to ``path`` says that may be a plain request; None if it is none."""
+
+    def plain(self, head: Head, key: bytes, body: bytes | bytearray) -> tuple[str, Request] | None:
+        """The credential and the request, if nothing about it is wrong or unusual; ``key``: its Idempotency-Key."""
+
+    def told(self, outcome: Outcome, request: Request, key: bytes) -> Answer:
+        """What the client is told."""
+
+    def refused(self, code: str) -> Answer:
+        """``draining`` or ``internal`` in the contract's form."""
 
 
 class Lane(Protocol):
     """What ``service.web.app.App`` offers beside ASGI."""
 
-    def head(self, headers: dict[bytes, bytes]) -> Head | None:
-        """What the headers of a request say that may be a plain one; None if it is none."""
+    def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
+        """What a POST to ``path`` says that may be a plain request; None if it is none."""
 
-    def begin(self, head: Head, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+    def begin(self, head: Head, key: bytes, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
         """Calls ``answered`` once, now or later, if the request is a plain one.  False: it is not, nothing was done."""
 
 
@@ -34,8 +67,8 @@ class Exchange:
     """From the end of a request's headers to its answer, with what uvicorn's protocol wants to know of a cycle."""
 
     __slots__ = (
-        "_done", "_server_headers", "body", "disconnected", "head", "keep_alive", "more_body", "response_complete",
-        "transport",
+        "_done", "_server_headers", "body", "disconnected", "head", "keep_alive", "key", "more_body",
+        "response_complete", "transport",
     )  # fmt: skip
 
     response_started = False  # the answer is written at once, and then it is complete
@@ -43,12 +76,14 @@ class Exchange:
     def __init__(
         self,
         head: Head,
+        key: bytes,
         transport: asyncio.Transport,
         server_headers: list[tuple[bytes, bytes]],
         keep_alive: bool,
         done: Callable[[Exchange], None],
     ) -> None:
         self.head = head
+        self.key = key  # its Idempotency-Key, if it is keyed
         self.transport = transport
         self.keep_alive = keep_alive
         self.body: bytes | bytearray = b""
@@ -85,7 +120,8 @@ class Exchange:
 
     def cancel(self, msg: str | None = None) -> None:
         """uvicorn gives up waiting, as it cancels a task: whether a voucher was issued is not known."""
-        asyncio.get_running_loop().call_soon(self.answered, problem("draining"))  # not now: it is counting its tasks
+        draining = self.head.api.refused("draining")
+        asyncio.get_running_loop().call_soon(self.answered, draining)  # not now: it is counting its tasks
 
 
 @lru_cache(maxsize=64)  # each status of one second

@@ -9,12 +9,13 @@ each other, and is answered in plain text.  Here:
 * an answer that is given before a large body was read reaches the client: the connection is half closed, and a
   little more of the body is read and thrown away before it is closed (closing at once would reset it);
 * on shutdown, an idle connection is kept for a moment, so that a request that is just on its way is answered;
-* a plain voucher request goes past ASGI (``exchange.py``); whatever is unusual about one takes the usual way.
+* a plain request for vouchers goes past ASGI (``exchange.py``); whatever is unusual about one takes the usual way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, ClassVar, Final
 
 import httptools
@@ -23,10 +24,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service import metrics
-from service.web.exchange import Exchange, Lane
+from service.web.exchange import Exchange, Head, Lane
 from service.web.incoming import BODY_MAX
 from service.web.problems import problem
-from service.web.v1 import PATH, Head
 
 HEADERS_MAX: Final = 64  # a partner's client sends about ten, proxies add a few each
 HEADER_BYTES_MAX: Final = 16_384  # request line and headers; what most proxies in front allow
@@ -38,13 +38,12 @@ IDLE_GRACE_S: Final = 0.25  # on shutdown: many times what a request needs to ge
 
 # Plain requests' headers that are known by their bytes, so that they are not read again: reading them costs more than
 # deciding the request.  A partner sends a few (its token, some lengths of the body), and there may be 10,000 partners;
-# past the bound all are forgotten.
-HEADS_MAX: Final = 32_768
-HEAD_BYTES_MAX: Final = 768  # of one that is remembered: 25 MB at most
+# past the bound all are forgotten.  An Idempotency-Key, another one each time, is no part of what is remembered.
+HEADS_MAX: Final = 16_384
+HEAD_BYTES_MAX: Final = 1_536  # of one that is remembered, an access token takes half of it: 25 MB at most
 
 _SINGLE: Final = (b"host", b"authorization", b"content-length")
 _VERSIONS: Final = ("1.1", "1.0")  # the parser also takes 2.0 and 0.9: a request line without any version
-_VOUCHER_URL: Final = PATH.encode()
 
 
 class _RefusalError(Exception):
@@ -57,7 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
     receive_timeout_s: ClassVar[float]
     connections_max: ClassVar[int]
     lane: ClassVar[Lane | None]
-    heads: ClassVar[dict[bytes, Head]]
+    heads: ClassVar[dict[bytes | tuple[int, bytes], Head]]  # keyed ones without their key, with where it began
 
     def __init__(
         self,
@@ -68,7 +67,8 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.whole = True  # nothing of an unfinished request has been received
-        self.new_head: Head | None = None  # of the plain request that was read last
+        self.new: Exchange | None = None  # the plain request that was read last
+        self.key_at = 0  # where the Idempotency-Key began in the plain request that was read last; 0: it had none
         self.headed = False  # its headers have, and self.cycle is its cycle
         self.received = 0  # bytes of it, give or take one read
         self.refusal = ""  # why the parser was stopped
@@ -141,9 +141,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if not self.whole:
             self._bound_the_rest()
-        elif alone and self.new_head is not None:
-            self._remember(data, self.new_head)
-            self.new_head = None
+        elif alone and self.new is not None:
+            self._remember(data, self.new)
+            self.new = None
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Reads the request again as one that offers no other protocol; ``rest`` is what came after its headers.
@@ -181,7 +181,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self.whole = self.headed = self.expect_100_continue = False
-        self.new_head = None
+        self.new = None
         self.url = b""
         self.headers = []
 
@@ -191,7 +191,7 @@ class BoundedProtocol(HttpToolsProtocol):
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
-        self.headers.append((name, value))
+        self.headers.append((name, value.rstrip(b" \t")))  # space behind a value is none of it (RFC 9110, 5.5)
 
     def on_headers_complete(self) -> None:
         headers = self.headers
@@ -212,7 +212,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return  # it will be read again
         head = self._plain_head(named)
         if head is not None:
-            self.cycle = self._exchange(head, self.parser.should_keep_alive())  # type: ignore[assignment]  # see there
+            key = named[b"idempotency-key"] if head.keyed else b""
+            self.cycle = self._exchange(head, key, self.parser.should_keep_alive())  # type: ignore[assignment]  # see there
         else:
             self._begin_cycle()
         self.headed = True
@@ -233,7 +234,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
         elif self._begin(exchange, exchange.body):
-            self.new_head = exchange.head if exchange.keep_alive else None
+            self.new = exchange if exchange.keep_alive else None
         else:
             self._leave_to_asgi(exchange)
         if self.draining:
@@ -276,11 +277,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
         The same bytes mean the same: the parser, which is between two requests, need not see them.
         """
-        end = _end_of_head(data)
-        head = self.heads.get(data[:end])
+        end, at = _end_of_head(data), self.key_at
+        if at:
+            stop = data.find(b"\r\n", at)
+            key, head = data[at:stop], self.heads.get((at, data[:at] + data[stop:end]))
+        else:
+            key, head = b"", self.heads.get(data[:end])
         if head is None or len(data) - end != head.length or self.draining or not self._is_free():
             return False
-        self.cycle = exchange = self._exchange(head, True)  # type: ignore[assignment]
+        self.cycle = exchange = self._exchange(head, key, True)  # type: ignore[assignment]
         if not self._begin(exchange, data[end:]):
             self.cycle = None  # type: ignore[assignment]
             return False
@@ -288,39 +293,45 @@ class BoundedProtocol(HttpToolsProtocol):
             self._disarm()
         return True
 
-    def _remember(self, data: bytes, head: Head) -> None:
+    def _remember(self, data: bytes, exchange: Exchange) -> None:
         """``data`` was given to the parser between two requests; the last one in it was plain."""
-        end = _end_of_head(data)
-        if len(data) - end != head.length or end > HEAD_BYTES_MAX or head.key is not None:
-            return  # more than this one request, or headers that will not come again
+        end, head = _end_of_head(data), exchange.head
+        if len(data) - end != head.length or end > HEAD_BYTES_MAX:
+            return  # more than this one request, or headers that nobody sends again and again
         if len(self.heads) >= HEADS_MAX:
             self.heads.clear()
-        self.heads[data[:end]] = head
+        if head.keyed:
+            line = _KEY_LINE(data, 0, end)
+            assert line is not None, "the parser has found it"
+            self.key_at = line.end()
+            self.heads[self.key_at, data[: self.key_at] + data[self.key_at + len(exchange.key) : end]] = head
+        else:
+            self.key_at = 0
+            self.heads[data[:end]] = head
 
     def _plain_head(self, headers: dict[bytes, bytes]) -> Head | None:
         """What the headers say if it is likely that ``lane`` takes the request, whose body is yet to come."""
         if (
             self.lane is not None
-            and self.url == _VOUCHER_URL
             and len(headers) == len(self.headers)
             and b"expect" not in headers
             and self._is_free()
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
         ):
-            return self.lane.head(headers)
+            return self.lane.head(self.url, headers)
         return None
 
     def _is_free(self) -> bool:
         """No earlier request waits for its answer, and the client takes answers."""
         return (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
 
-    def _exchange(self, head: Head, keep_alive: bool) -> Exchange:
+    def _exchange(self, head: Head, key: bytes, keep_alive: bool) -> Exchange:
         """What stands for uvicorn's cycle: nothing says that it is one, but it is all that uvicorn asks of it."""
-        return Exchange(head, self.transport, self.server_state.default_headers, keep_alive, self._exchange_done)
+        return Exchange(head, key, self.transport, self.server_state.default_headers, keep_alive, self._exchange_done)
 
     def _begin(self, exchange: Exchange, body: bytes | bytearray) -> bool:
-        if self.lane is None or not self.lane.begin(exchange.head, body, exchange.answered):
+        if self.lane is None or not self.lane.begin(exchange.head, exchange.key, body, exchange.answered):
             return False
         if not exchange.response_complete:
             self.tasks.add(exchange)  # type: ignore[arg-type]  # what uvicorn waits for before it stops, and cancels
@@ -461,6 +472,9 @@ class _Lingering(asyncio.Transport):
             self._protocol.transport.close()
         else:
             self._protocol._linger()
+
+
+_KEY_LINE: Final = re.compile(rb"\r\nidempotency-key:[ \t]*", re.IGNORECASE).search
 
 
 def _end_of_head(data: bytes) -> int:

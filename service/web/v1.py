@@ -36,6 +36,7 @@ from service.domain import (
 )
 from service.messages import KEY, NAME, PRODUCTS_MAX, TERMINAL
 from service.tokens import well_formed
+from service.web.exchange import Head
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer, Headers, method_not_allowed, problem, rate_limited, unavailable
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:  # the parent of the serving processes needs neither it nor re
 T = TypeVar("T")
 
 PATH: Final = "/api/v1/voucher/request"
-_PLAIN_DIGITS_MAX: Final = 4  # of a plain request's Content-Length: below BODY_MAX whatever they are
+PLAIN_DIGITS_MAX: Final = 4  # of a plain request's Content-Length: below BODY_MAX whatever they are
 AUTHORIZATION_MAX: Final = 256  # bytes; what is longer holds no token of ours, and only its scheme is looked at
 
 
@@ -66,6 +67,8 @@ class Issuing(Protocol):
 
 class VoucherRequests:
     """The Voucher Request API over an issuer."""
+
+    name: Final = "v1"
 
     def __init__(self, issuer: Issuing) -> None:
         self._issuer = issuer
@@ -108,6 +111,29 @@ class VoucherRequests:
         """A row of the error table."""
         return problem(code)
 
+    def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
+        """What these headers say; None if anything about them is wrong or unusual.  Its body has a length below
+        10,000."""
+        authorization, length = headers.get(b"authorization", b""), headers.get(b"content-length", b"")
+        if headers.get(b"content-type") != b"application/json" or len(authorization) > AUTHORIZATION_MAX:
+            return None
+        if not 0 < len(length) <= PLAIN_DIGITS_MAX:
+            return None
+        token, refusal = _token(authorization)
+        return None if refusal else _Head(self, int(length), b"idempotency-key" in headers, token)
+
+    def plain(self, head: Head, key: bytes, body: bytes | bytearray) -> tuple[str, Request] | None:
+        """The token and the request, if nothing about it is wrong or unusual."""
+        assert isinstance(head, _Head)
+        request = _requested(body)
+        if request is None or (head.keyed and key != request.key.encode()):
+            return None
+        return head.token, request
+
+    def told(self, outcome: Outcome, request: Request, key: bytes = b"") -> Answer:
+        """See ``told``."""
+        return told(outcome, request)
+
     async def _unless_unauthorized(self, token: str, malformed: Answer) -> Answer:
         """``malformed``, unless the token is not in force: that is looked at first."""
         who = await self._issuer.authenticate(token)
@@ -126,32 +152,8 @@ class VoucherRequests:
                 return problem("key_mismatch", request_id=request_id)
 
 
-class Head(msgspec.Struct, frozen=True, gc=False):
-    """What the headers of a POST say if nothing about them is wrong or unusual: the token, the length of the body in
-    bytes, and the Idempotency-Key if there is one."""
-
+class _Head(Head, frozen=True, gc=False):
     token: str
-    length: int
-    key: bytes | None
-
-
-def plain_head(headers: dict[bytes, bytes]) -> Head | None:
-    """What these headers say; None if anything about them is wrong or unusual.  Its body has a length below 10,000."""
-    authorization, length = headers.get(b"authorization", b""), headers.get(b"content-length", b"")
-    if headers.get(b"content-type") != b"application/json" or len(authorization) > AUTHORIZATION_MAX:
-        return None
-    if not 0 < len(length) <= _PLAIN_DIGITS_MAX:
-        return None
-    token, refusal = _token(authorization)
-    return None if refusal else Head(token, int(length), headers.get(b"idempotency-key"))
-
-
-def plain(head: Head, body: bytes | bytearray) -> Request | None:
-    """The request, if nothing about it is wrong or unusual."""
-    request = _requested(body)
-    if request is None or (head.key is not None and head.key != request.key.encode()):
-        return None
-    return request
 
 
 def told(outcome: Outcome, request: Request) -> Answer:

@@ -30,9 +30,10 @@ from service.domain import (
 from service.identity import IdKeys
 from service.messages import QUANTITY_MAX, IssueRequest
 from service.web.access import Access
+from service.web.exchange import Head
 from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
 from service.web.problems import Answer, Headers, limit_fields
-from service.web.v1 import Issuing
+from service.web.v1 import PLAIN_DIGITS_MAX, Issuing
 from service.web.v3_catalogue import out_of_force
 from service.web.v3_errors import JSON, error_body, new_request_id, refusal
 from service.web.v3_voucher import voucher_renderer
@@ -46,6 +47,7 @@ class Admitting(Protocol):
     """What ``service.web.access.AccessTokens`` offers."""
 
     async def admit(self, authorization: bytes, scope: str) -> Access | str: ...
+    def remembered(self, authorization: bytes, scope: str) -> Access | None: ...
 
 
 class Products(Protocol):
@@ -64,6 +66,8 @@ class Vouchers(Protocol):
 
 class ClientApi:
     """Client API v3 over an issuer, access tokens, and what reads catalogue and ledger."""
+
+    name: Final = "v3"
 
     def __init__(self, issuer: Issuing, tokens: Admitting, products: Products, vouchers: Vouchers, ids: IdKeys) -> None:
         self._issuer = issuer
@@ -88,7 +92,7 @@ class ClientApi:
         if twice := repeated(pairs):
             return refusal("malformed_request", f"The header {twice} was sent more than once.")
         headers = dict(pairs)
-        wanted = "issue_vouchers" if method == "POST" else _READ[resource]
+        wanted = _ISSUE_SCOPE if method == "POST" else _READ[resource]
         access = await self._tokens.admit(headers.get(b"authorization", b""), wanted)
         if isinstance(access, str):
             return refusal(access)
@@ -105,6 +109,29 @@ class ClientApi:
     def refused(self, name: str) -> Answer:
         """A row of the error table."""
         return refusal(name)
+
+    def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
+        """What the headers of a POST to ``path`` say; None if it asks for no vouchers, or if anything about them is
+        wrong or unusual.  Its body has a length below 10,000."""
+        found, length = _ISSUE_PATH(path), headers.get(b"content-length", b"")
+        if found is None or not 0 < len(length) <= PLAIN_DIGITS_MAX or b"idempotency-key" not in headers:
+            return None
+        content_type = headers.get(b"content-type", b"")
+        if content_type != b"application/json" and not is_json(content_type):
+            return None
+        return _Head(self, int(length), True, headers.get(b"authorization", b""), found[1].decode())
+
+    def plain(self, head: Head, key: bytes, body: bytes | bytearray) -> tuple[str, Request] | None:
+        """The credential and the request, if nothing about it is wrong or unusual and its token was verified before."""
+        assert isinstance(head, _Head)
+        access, lowered = self._tokens.remembered(head.authorization, _ISSUE_SCOPE), idempotency_key(key)
+        if access is None or lowered is None or isinstance(asked := _requested(body), str):
+            return None
+        return access.credential, _request(access, lowered, head.code, asked)
+
+    def told(self, outcome: Outcome, request: Request, key: bytes) -> Answer:
+        """See ``told``."""
+        return told(outcome, request, self._ids, key)
 
     async def _issue(
         self, access: Access, code: str, pairs: _Pairs, headers: dict[bytes, bytes], receive: Receive
@@ -124,10 +151,7 @@ class ClientApi:
         asked = _requested(body)
         if isinstance(asked, str):
             return await self._unless_out_of_force(access, refusal(asked, headers=((b"idempotency-key", sent[0]),)))
-        request = Request(
-            "v3", access.client, key, access.distributor, (code,), payload_of(code, asked), asked.quantity,
-            None if isinstance(asked.face_value, msgspec.UnsetType) else asked.face_value,
-        )  # fmt: skip
+        request = _request(access, key, code, asked)
         outcome = await self._issuer.issue(access.credential, request)
         return told(outcome, request, self._ids, sent[0])
 
@@ -150,6 +174,15 @@ class ClientApi:
                 return malformed
 
 
+class _Head(Head, frozen=True, gc=False):
+    authorization: bytes
+    code: str
+
+
+# The path of a product whose code is sent as it is, without a query: nothing of it needs to be decoded.
+_ISSUE_PATH: Final = re.compile(rb"/v3/products/([A-Za-z0-9._-]{1,64})").fullmatch
+
+_ISSUE_SCOPE: Final = "issue_vouchers"
 _READ: Final = {"products": "read_catalogue", "vouchers": "read_vouchers"}
 
 
@@ -230,6 +263,13 @@ def idempotency_key(value: bytes) -> str | None:
     return None if found is None else found[2].decode().lower()
 
 
+def _request(access: Access, key: str, code: str, asked: IssueRequest) -> Request:
+    return Request(
+        "v3", access.client, key, access.distributor, (code,), payload_of(code, asked), asked.quantity,
+        None if isinstance(asked.face_value, msgspec.UnsetType) else asked.face_value,
+    )  # fmt: skip
+
+
 def payload_of(product: str, asked: IssueRequest) -> str:
     """What is compared on a replay: no terminal, then the product and each field."""
     face_value = "" if asked.face_value is msgspec.UNSET else asked.face_value
@@ -246,7 +286,7 @@ class _Members(msgspec.Struct):
 _DECODER: Final = msgspec.json.Decoder(IssueRequest)
 
 
-def _requested(body: bytes) -> IssueRequest | str:
+def _requested(body: bytes | bytearray) -> IssueRequest | str:
     """What is asked for; if anything is wrong with it, the name of the refusal."""
     try:
         if not body.isascii():
@@ -258,7 +298,7 @@ def _requested(body: bytes) -> IssueRequest | str:
     return "body" if "\n" in (asked.client_reference or "") else asked
 
 
-def _explained(body: bytes) -> str:
+def _explained(body: bytes | bytearray) -> str:
     """Which refusal a body gets that was not accepted: a bad quantity is told before any other member."""
     try:
         body.decode("utf-8")

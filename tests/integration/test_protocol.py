@@ -17,7 +17,14 @@ import uvloop
 from service.settings import Settings
 from service.web.app import App
 from service.web.incoming import BODY_MAX
-from service.web.protocol import HEADER_BYTES_MAX, HEADERS_MAX, LINGER_BYTES, PIPELINE_MAX, BoundedProtocol
+from service.web.protocol import (
+    HEAD_BYTES_MAX,
+    HEADER_BYTES_MAX,
+    HEADERS_MAX,
+    LINGER_BYTES,
+    PIPELINE_MAX,
+    BoundedProtocol,
+)
 from service.web.serving import Server, configured
 from service.web.v1 import PATH
 from tests.issuers import DISTRIBUTOR, TOKEN, FakeIssuer
@@ -194,10 +201,19 @@ def test_known_headers_are_bounded(running: Running, monkeypatch: pytest.MonkeyP
     for number in range(10):
         assert running.ask(request(extra=f"X-Number: {number}\r\n")).status == 200
         assert 1 <= len(known) <= 3
-    for extra in ("X-Long: " + 1_024 * "x" + "\r\n", "Idempotency-Key: req-1001\r\n", "Connection: close\r\n"):
+    for extra in (f"X-Long: {HEAD_BYTES_MAX * 'x'}\r\n", "Connection: close\r\n"):
         before = dict(known)
         assert running.ask(request(extra=extra)).status == 200
         assert known == before, "headers that are too long, or that never come again, are not kept"
+
+
+def test_headers_that_differ_in_their_key_alone_are_known_once(running: Running) -> None:
+    known = running.server.config.http_protocol_class.heads  # type: ignore[attr-defined]
+    known.clear()
+    for number in range(10, 20):
+        sent = body(request_id=f"req-{number}")
+        assert running.ask(head(length=len(sent), extra=f"Idempotency-Key: req-{number}\r\n") + sent).status == 200
+    assert len(known) == 1
 
 
 def test_refusal_of_a_plain_request_is_the_one_of_any_other(running: Running) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from service.web.exchange import Exchange
+from service.web.exchange import Exchange, Head
 from service.web.problems import problem
+from service.web.v1 import VoucherRequests
+from tests.issuers import FakeIssuer
+
+HEAD = Head(VoucherRequests(FakeIssuer()), 0, False)
 
 
 class Transport(asyncio.Transport):
@@ -30,7 +34,7 @@ class Transport(asyncio.Transport):
 
 def test_answer_is_written_once_and_the_exchange_ends_once() -> None:
     transport, ended = Transport(), list[Exchange]()
-    exchange = Exchange({}, transport, [(b"date", b"now")], False, ended.append)
+    exchange = Exchange(HEAD, b"", transport, [(b"date", b"now")], False, ended.append)
     exchange.answered(problem("overloaded"))
     exchange.answered(problem("internal"))
     assert transport.written.startswith(b"HTTP/1.1 503 Service Unavailable\r\ndate: now\r\n")
@@ -42,7 +46,7 @@ def test_answer_is_written_once_and_the_exchange_ends_once() -> None:
 
 def test_answer_to_a_connection_that_is_gone_is_dropped_and_still_ends_the_exchange() -> None:
     ended = list[Exchange]()
-    exchange = Exchange({}, Transport(closing=True), [], True, ended.append)
+    exchange = Exchange(HEAD, b"", Transport(closing=True), [], True, ended.append)
     exchange.answered(problem("overloaded"))
     assert exchange.response_complete
     assert ended == [exchange]

@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from uvicorn.server import ServerState
 
-from service.domain import Busy, Outcome, Request
+from service.domain import Busy, Issued, Outcome, Record, Request, Terms
+from service.identity import IdKeys
 from service.settings import Settings
+from service.web.access import Access
 from service.web.app import App
+from service.web.exchange import Head
 from service.web.serving import configured
-from service.web.v1 import PATH, Head
+from service.web.v1 import PATH
+from service.web.v3 import ClientApi
 from tests.issuers import DISTRIBUTOR, TOKEN, FakeIssuer
 from tests.wire import Answer, all_answers
 
@@ -38,6 +43,21 @@ def head(*lines: str, length: int | None = None, method: str = "POST", path: str
 
 def request(key: str = "req-1001", *lines: str) -> bytes:
     return head(*lines, length=len(body(key))) + body(key)
+
+
+CODE = "MAMVDDMMYY01"
+TERMS = Terms(
+    "Gift", True, False, True, True, "SGD", 1000, "until:1888156799", "Asia/Singapore", "https://v.example/", ""
+)
+KEY, OTHER_KEY = "30c40ad6-f135-4aad-97d5-79f195680458", "b3e7a1f0-52a6-4f5e-9d0c-0a1b2c3d4e5f"
+
+
+def order(
+    key: str = KEY, *lines: str, token: str = TOKEN, path: str = f"/v3/products/{CODE}", quantity: int = 2
+) -> bytes:
+    """A request of Client API v3."""
+    sent = json.dumps({"quantity": quantity}).encode()
+    return head(f"Idempotency-Key: {key}", *lines, length=len(sent), path=path, token=token) + sent
 
 
 class Wire(asyncio.Transport):
@@ -82,12 +102,52 @@ def _telling(written: bytes) -> list[Answer]:
     """The answers, without what differs from one time to another."""
     answers = all_answers(written)
     for answer in answers:
-        for name in ("date", "idempotent-replayed"):
+        for name in ("date", "idempotent-replayed", "idempotency-record"):
             answer.headers.pop(name, None)
+        if answer.status >= 400 and answer.headers.get("content-type") == "application/json; charset=utf-8":
+            answer.body = json.dumps(json.loads(answer.body) | {"request_id": "another one each time"}).encode()
     return answers
 
 
-class Immediate(FakeIssuer):
+class Tokens:
+    """Admits TOKEN; ``known``: without waiting."""
+
+    def __init__(self, known: bool) -> None:
+        self.known = known
+
+    def remembered(self, authorization: bytes, scope: str) -> Access | None:
+        found = Access("CLIENT", DISTRIBUTOR, TOKEN, frozenset({scope}))
+        return found if self.known and authorization == f"Bearer {TOKEN}".encode() else None
+
+    async def admit(self, authorization: bytes, scope: str) -> Access | str:
+        self_known, self.known = self.known, True
+        found = self.remembered(authorization, scope)
+        self.known = self_known
+        return found or "token_unknown"
+
+
+class Reading:
+    """Nothing here reads."""
+
+    async def products(self, *_: Any) -> Any:
+        raise AssertionError("not asked for")
+
+    product = vouchers = voucher = products
+
+
+class Issuing(FakeIssuer):
+    """Issues for both APIs."""
+
+    async def issue(self, credential: str, request: Request) -> Outcome:
+        outcome = await super().issue(credential, request)
+        if request.api == "v1" or not isinstance(outcome, Issued):
+            return outcome
+        record = Record.unpack(outcome.record)
+        rule = replace(record.rule, id_key="k1", terms=TERMS.pack())
+        return Issued(replace(record, rule=rule, codes=record.codes * request.quantity).pack(), outcome.replayed)
+
+
+class Immediate(Issuing):
     """Is too busy, and says so before ``submit`` has returned."""
 
     def __init__(self) -> None:
@@ -99,7 +159,7 @@ class Immediate(FakeIssuer):
         answered(Busy("overloaded"))
 
 
-class Uneven(FakeIssuer):
+class Uneven(Issuing):
     """Takes longer for the first request than for those that come after it."""
 
     def __init__(self) -> None:
@@ -114,22 +174,27 @@ class Uneven(FakeIssuer):
 
 
 class Edge:
-    """The protocol of one process; its connections share the heads that are known."""
+    """The protocol of one process; its connections share the heads that are known.
 
-    def __init__(self, issuer: FakeIssuer | None = None) -> None:
-        self.issuer = issuer or FakeIssuer()
-        self._config = configured(App(self.issuer), Settings(), connections_max=10)
+    ``verified``: access tokens were seen before, so that requests which carry one may be plain.
+    """
+
+    def __init__(self, issuer: FakeIssuer | None = None, *, verified: bool = True) -> None:
+        self.issuer = issuer or Issuing()
+        client_api = ClientApi(self.issuer, Tokens(verified), Reading(), Reading(), IdKeys("k1", {"k1": b"k" * 32}))
+        self._config = configured(App(self.issuer, client_api), Settings(), connections_max=10)
         self._config.load()
         self._state = ServerState()
 
     @property
-    def known(self) -> dict[bytes, Head]:
+    def known(self) -> dict[bytes | tuple[int, bytes], Head]:
         return self._config.http_protocol_class.heads  # type: ignore[union-attr,no-any-return]
 
     async def learn(self, streams: Iterable[bytes]) -> None:
-        """The requests in ``streams`` have come before, each by itself."""
+        """The requests in ``streams`` have come before, each by itself, so long ago that their keys are forgotten."""
         for stream in streams:
             await self.say([stream])
+        self.issuer.forget()
 
     async def say(self, pieces: Sequence[bytes], *, hasty: bool = False) -> tuple[list[Answer], list[Request]]:
         """What a client that sends ``pieces``, one after the other, is answered, and what was asked of the issuer.
@@ -160,7 +225,9 @@ GOOD = request()
 OTHER = request("req-1002", "X-Number: 2")
 FOREIGN = GOOD.replace(TOKEN.encode(), TOKEN[:-1].encode() + b"A")  # by a token that is not in force
 SPACED = head(length=len(body()) + 2) + body() + b"  "
-LEARNT = (GOOD, OTHER, SPACED, FOREIGN + GOOD, GOOD + FOREIGN)
+KEYED = request("req-1005", "Idempotency-Key: req-1005")
+ORDER = order()
+LEARNT = (GOOD, OTHER, SPACED, FOREIGN + GOOD, GOOD + FOREIGN, KEYED, ORDER, order("x"), order(token=TOKEN[:-1] + "A"))
 STREAMS = {
     "one": GOOD,
     "two of the same": GOOD + GOOD,
@@ -176,13 +243,35 @@ STREAMS = {
     "another path behind": GOOD + head(method="GET", path="/other") + GOOD,
     "chunks": head("Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body()), body()) + GOOD,
     "another protocol offered": request("req-1004", "Connection: Upgrade", "Upgrade: h2c") + GOOD,
-    "a key in a header": request("req-1005", "Idempotency-Key: req-1005") + GOOD,
+    "a key in a header": KEYED + GOOD,
+    "another key in a header": KEYED + request("req-100", "Idempotency-Key: req-100") + KEYED,
+    "two orders": ORDER + order(OTHER_KEY),
+    "an order and a request": ORDER + KEYED + order(OTHER_KEY),
     "a token not in force": FOREIGN + GOOD,
     "spaces within the body": SPACED + GOOD,
     "spaces behind the body": GOOD + b"  " + GOOD,
     "a body that nobody reads": head(length=len(GOOD), method="PUT", path="/other") + GOOD,
     "a request in a header": b"POST /other HTTP/1.1\r\nX: " + GOOD,
     "a body in the body": head(length=len(body() + GOOD)) + body() + GOOD,
+}
+KEYS = {
+    "a key of another request": KEYED + request("req-1006", "Idempotency-Key: req-1005") + KEYED,
+    "no key after one": KEYED + request("req-1006", "Idempotency-Key: ") + GOOD,
+    "an order": ORDER,
+    "the same order twice": ORDER + ORDER,
+    "an order for more": ORDER + order(quantity=20),
+    "an order under a key in quotes": ORDER + order(f'"{OTHER_KEY}"') + order(OTHER_KEY.upper()),
+    "an order under no key": ORDER + order("") + order(OTHER_KEY),
+    "an order under what is no key": ORDER + order(KEY[:-1]) + order(KEY + "0") + order(OTHER_KEY),
+    "an order under two keys": ORDER + order(KEY, f"Idempotency-Key: {OTHER_KEY}") + order(OTHER_KEY),
+    "an order with spaces around its key": ORDER + order(f" {OTHER_KEY} ") + order(f"\t{KEY}"),
+    "an order by a token not in force": ORDER + order(token=TOKEN[:-1] + "A") + order(OTHER_KEY),
+    "an order for nothing": ORDER + order(quantity=0) + order(OTHER_KEY),
+    "an order with a query": ORDER + order(path=f"/v3/products/{CODE}?a=b") + order(OTHER_KEY),
+    "an order of another product": ORDER + order(path="/v3/products/OTHER") + order(OTHER_KEY),
+    "an order of an encoded product": ORDER + order(path="/v3/products/MAM%2E1") + order(OTHER_KEY),
+    "an order to nowhere": ORDER + order(path="/v3/products/MAM/1") + order(OTHER_KEY),
+    "an order with a line feed in its key": ORDER + order("x\ny") + order(OTHER_KEY),
 }
 
 
@@ -195,7 +284,7 @@ async def test_where_a_stream_is_cut_never_changes_an_answer(stream: bytes, know
         if known:
             await edge.learn(LEARNT)
             edge.issuer.asked.clear()
-            assert len(edge.known) >= 3
+            assert len(edge.known) >= 5
         else:
             edge.known.clear()
         assert await edge.say([stream[:at], stream[at:]]) == expected, f"cut at {at}: {stream[:at]!r}"
@@ -204,7 +293,9 @@ async def test_where_a_stream_is_cut_never_changes_an_answer(stream: bytes, know
 
 async def test_the_streams_are_what_they_are_called() -> None:
     """Else the tests around them would compare nothing with nothing."""
-    statuses = {name: [one.status for one in (await Edge().say([stream]))[0]] for name, stream in STREAMS.items()}
+    statuses = {
+        name: [one.status for one in (await Edge().say([stream]))[0]] for name, stream in (STREAMS | KEYS).items()
+    }
     assert statuses == {
         "one": [200],
         "two of the same": [200, 200],
@@ -221,6 +312,26 @@ async def test_the_streams_are_what_they_are_called() -> None:
         "chunks": [200, 200],
         "another protocol offered": [200, 200],
         "a key in a header": [200, 200],
+        "another key in a header": [200, 200, 200],
+        "a key of another request": [200, 400, 200],
+        "no key after one": [200, 400, 200],
+        "an order": [200],
+        "the same order twice": [200, 200],
+        "two orders": [200, 200],
+        "an order for more": [200, 422],
+        "an order and a request": [200, 200, 200],
+        "an order under a key in quotes": [200, 200, 200],
+        "an order under no key": [200, 400, 200],
+        "an order under what is no key": [200, 400, 400, 200],
+        "an order under two keys": [200, 400, 200],
+        "an order with spaces around its key": [200, 200, 200],
+        "an order by a token not in force": [200, 401, 200],
+        "an order for nothing": [200, 400, 200],
+        "an order with a query": [200, 200, 200],
+        "an order of another product": [200, 422, 200],
+        "an order of an encoded product": [200, 422, 200],
+        "an order to nowhere": [200, 404, 200],
+        "an order with a line feed in its key": [200, 400],
         "a token not in force": [401, 200],
         "spaces within the body": [200, 200],
         "spaces behind the body": [200, 400],
@@ -250,9 +361,20 @@ async def test_a_body_is_never_executed_as_a_request() -> None:
         assert {one.status for one in answers[1:]} <= {100, 400, 404, 405}
 
 
+@pytest.mark.parametrize("stream", KEYS.values(), ids=KEYS.keys())
+async def test_an_order_past_asgi_is_never_answered_otherwise_than_through_it(stream: bytes) -> None:
+    assert await Edge().say([stream]) == await Edge(verified=False).say([stream])
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
 async def test_a_request_never_overtakes_the_one_before_it(known: bool) -> None:
-    for pieces in ([GOOD, OTHER, GOOD], [GOOD + OTHER, GOOD], [OTHER, GOOD[:50], GOOD[50:]], [GOOD, FOREIGN, OTHER]):
+    for pieces in (
+        [GOOD, OTHER, GOOD],
+        [ORDER, KEYED, order(OTHER_KEY), GOOD],
+        [GOOD + OTHER, GOOD],
+        [OTHER, GOOD[:50], GOOD[50:]],
+        [GOOD, FOREIGN, OTHER],
+    ):
         expected, asked = await Edge().say([b"".join(pieces)])
         edge = Edge(issuer := Uneven())
         if known:
@@ -263,16 +385,23 @@ async def test_a_request_never_overtakes_the_one_before_it(known: bool) -> None:
 
 async def test_heads_are_remembered_as_what_they_say_or_not_at_all() -> None:
     known = 0
-    for issuer in (FakeIssuer(), Immediate()):
-        for stream in (*STREAMS.values(), *LEARNT):
+    for issuer in (Issuing(), Immediate()):
+        for stream in (*STREAMS.values(), *KEYS.values(), *LEARNT):
             for at in (0, 1, 30, len(stream) // 2, len(stream) - 1):
                 edge = Edge(issuer)
                 await edge.say([piece for piece in (stream[:at], stream[at:]) if piece])
                 known += len(edge.known)
                 for data, said in edge.known.items():
-                    assert data.lstrip(b"\r\n").startswith(f"POST {PATH} ".encode())
+                    assert isinstance(data, tuple) == said.keyed
+                    if isinstance(data, tuple):
+                        at, data = data
+                        assert data[:at].endswith((b"\r\nIdempotency-Key: ", b"\r\nIdempotency-Key: \t"))
+                        assert data[at:].lstrip(b" ").startswith(b"\r\n")
+                    first = data.lstrip(b"\r\n")
+                    assert first.startswith((f"POST {PATH} ".encode(), b"POST /v3/products/"))
                     assert data.index(b"\r\n\r\n", 4) == len(data) - 4
-                    assert f"\r\nAuthorization: Bearer {said.token}\r\n".encode() in data
+                    said_token = said.token if said.api.name == "v1" else said.authorization.decode()[7:]
+                    assert f"\r\nAuthorization: Bearer {said_token}\r\n".encode() in data
                     assert f"\r\nContent-Length: {said.length}\r\n".encode() in data
     assert known >= 10, "some were remembered"
 
@@ -289,7 +418,8 @@ async def test_nothing_is_executed_behind_the_last_request_of_a_connection(immed
 
 FRAGMENTS = st.sampled_from(
     [
-        GOOD, OTHER, SPACED, FOREIGN, head(length=len(body())), body(), body("req-9999"), b"\r\n", b"\n", b"\r", b" ",
+        GOOD, OTHER, SPACED, FOREIGN, KEYED, ORDER, order(OTHER_KEY), f"Idempotency-Key: {KEY}\r\n".encode(),
+        head(length=len(body())), body(), body("req-9999"), b"\r\n", b"\n", b"\r", b" ",
         b"\r\n\r\n", b"0", b"\x00", b"POST ", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n",
         b"5\r\nhello\r\n", b"Connection: close\r\n", b"Upgrade: h2c\r\nConnection: upgrade\r\n", b"X: y\r\n",
         b"GET / HTTP/1.1\r\n",
@@ -300,7 +430,8 @@ FRAGMENTS = st.sampled_from(
 @st.composite
 def _mutated(draw: st.DrawFn) -> bytes:
     """Good requests with some of their bytes changed, dropped, or pushed apart."""
-    stream = draw(st.lists(st.sampled_from([GOOD, OTHER, SPACED, FOREIGN]), min_size=1, max_size=3).map(b"".join))
+    whole = [GOOD, OTHER, SPACED, FOREIGN, KEYED, ORDER, order(OTHER_KEY)]
+    stream = draw(st.lists(st.sampled_from(whole), min_size=1, max_size=3).map(b"".join))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(stream)))
         gone = draw(st.sampled_from([0, 0, 1, 1, 2, 16]))
