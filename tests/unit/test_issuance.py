@@ -29,7 +29,7 @@ from service.domain import (
     codes_in,
 )
 from service.errors import RedisDiskFull, RedisFull, RedisUnreachable, ReplyMismatch, StoreUnreachable
-from service.issuance import BATCH_VOUCHERS_MAX, BREAKER_FAILURES, LEDGER_WAITERS_MAX, Issuer
+from service.issuance import BATCH_VOUCHERS_MAX, BREAKER_FAILURES, GATHER_FROM, LEDGER_WAITERS_MAX, Issuer
 from service.scripts import Answer, Reply
 from service.tokens import digest, new_token
 
@@ -167,6 +167,48 @@ async def test_while_a_call_is_on_the_wire_the_next_batch_gathers_and_none_passe
     assert sum(map(len, script.batches)) == 600
     assert max(map(len, script.batches)) <= BATCH_VOUCHERS_MAX
     assert len(script.batches) <= 5
+    await service.drain()
+
+
+async def test_after_a_large_batch_those_who_come_back_at_once_share_the_next_one() -> None:
+    script = Script("ISSUED")
+    service = issuer(script)
+
+    async def twice(number: int) -> None:
+        await service.issue(TOKEN, request(f"k{number}"))
+        for _ in range(number):  # turns of the loop: one comes after the other
+            await asyncio.sleep(0)
+        await service.issue(TOKEN, request(f"again-{number}"))
+
+    await asyncio.gather(*map(twice, range(8)))
+    assert [len(batch) for batch in script.batches] == [8, 8]
+    await service.drain()
+
+
+async def test_who_comes_after_a_small_batch_never_waits() -> None:
+    script = Script("ISSUED")
+    service = issuer(script)
+    await asyncio.gather(*(service.issue(TOKEN, request(f"k{number}")) for number in range(GATHER_FROM - 1)))
+    alone = asyncio.create_task(service.issue(TOKEN, request("alone")))
+    for _ in range(3):  # turns of the loop, and no time
+        await asyncio.sleep(0)
+    assert [len(batch) for batch in script.batches] == [GATHER_FROM - 1, 1]
+    await alone
+    await service.drain()
+
+
+async def test_a_full_batch_never_waits_for_more() -> None:
+    script = Script("ISSUED")
+    script.hold = asyncio.Event()
+    service = issuer(script)
+    answers = [asyncio.create_task(service.issue(TOKEN, request(f"k{number}"))) for number in range(600)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    script.hold.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert [len(batch) for batch in script.batches] == [256, 256]
+    assert {type(answer) for answer in await asyncio.gather(*answers)} == {Issued}
     await service.drain()
 
 
