@@ -209,9 +209,9 @@ def _print(rounds: Sequence[dict[str, Measured]], levels: Sequence[Level], optio
         cpu = [spent["serve"], spent.get("Valkey", 0.0), statistics.median(one.total_us for one in seen)]
         table.add_row(
             name, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}",
-            *(f"{us:.1f}" for us in cpu),
+            *map(_short, cpu),
             f"{statistics.median(one.rate for one in seen):,.0f}",
-            f"{statistics.median(one.p99_ms for one in seen):.1f}",
+            _short(statistics.median(one.p99_ms for one in seen)),
             style="bold" if name == ISSUE else "",
         )  # fmt: skip
     console = Console()
@@ -283,14 +283,14 @@ def _load_table(levels: Sequence[Level]) -> Table:
     for one in levels:
         table.add_row(
             f"{one.share:.0%}", *(f"{rate:,.0f}" for rate in (one.offered, one.issued, one.refused)),
-            *map(_ms, (one.p50_ms, one.p99_ms, one.p999_ms, one.refused_p99_ms)), f"{one.cpu_us:.0f}",
+            *map(_short, (one.p50_ms, one.p99_ms, one.p999_ms, one.refused_p99_ms)), f"{one.cpu_us:.0f}",
             f"{sum(one.cores.values()):.1f}", f"{one.fsync_ms:.0f}",
         )  # fmt: skip
     return table
 
 
-def _ms(ms: float) -> str:
-    return f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
+def _short(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:.0f}"
 
 
 def _machine() -> str:

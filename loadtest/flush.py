@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from loadtest.figures import verdict
+from loadtest.figures import keep, verdict
 from loadtest.processes import cpu_us
 from loadtest.servers import postgresql, redis_like
 from service.domain import Code, Request, Rule
@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-flush", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="measurements (default 5)")
     parser.add_argument("--vouchers", type=int, default=20_000, help="vouchers of one measurement (default 20,000)")
-    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure there")
     options = parser.parse_args()
     collect_rarely()  # as the worker does
     with (
@@ -150,9 +150,7 @@ def _print(rounds: list[Round], options: argparse.Namespace) -> int:
     median = Round(*(statistics.median(getattr(one, name) for one in rounds) for name in names))
     both = statistics.median(one.own_us + one.postgres_us for one in rounds)
     met = median.own_us <= OWN_MAX and both <= ALL_MAX
-    if options.json:
-        print(msgspec.json.encode({"rounds": rounds, "median": median, "with_postgres_us": both, "met": met}).decode())
-        return 0 if met else 1
+    keep(options.json, {"rounds": rounds, "median": median, "with_postgres_us": both, "met": met})
     table = Table(title=f"Flush of {options.vouchers:,} vouchers to PostgreSQL, CPU in microseconds a voucher")
     for column in ("", "worker", "PostgreSQL", "worker + PostgreSQL", "Valkey", "a second"):
         table.add_column(column, justify="right", no_wrap=True)
