@@ -9,10 +9,12 @@ from typing import ClassVar
 import pytest
 from redis.asyncio import Redis
 
+from service.domain import RateLimit
 from service.errors import RedisUnreachable, ScriptFailed
+from service.issuance import BATCH_VOUCHERS_MAX
 from service.line import connect
 from service.scripts import Routed, Scripts
-from tests.scripting import NO_REPLID, Bench, Produced, own_server, plan, request
+from tests.scripting import NO_REPLID, Bench, Produced, candidate, cap, own_server, plan, request
 from tests.scripting_cases import ScriptCases
 from tests.servers import RedisServer
 
@@ -54,6 +56,21 @@ class TestScriptsOnRealServers(ScriptCases):
             bench.scripts.redis = bench.redis
             await clerk.aclose()
             await bench.redis.acl_deluser("clerk")
+
+    async def test_the_largest_batch_never_passes_what_lua_can_hand_over(self, bench: Bench) -> None:
+        """Nothing in it is shared but the campaign, so each command of the script has as many arguments as can be."""
+        for _ in range(2):
+            await bench.restock(count=BATCH_VOUCHERS_MAX)
+        caps = [cap(10**6, holder=holder, period="day") for holder in ("campaign", "distributor", "terminal")]
+        wanted = plan(candidate(*caps))
+        for half in "ab":  # the second finds counters that are there
+            batch = [
+                Routed(
+                    request(f"{half}-{n}", terminal=f"T-{n}", distributor=f"D-{n}"), wanted, limit=RateLimit(100, 100)
+                )
+                for n in range(BATCH_VOUCHERS_MAX)
+            ]
+            assert await bench.words(*batch, outbox_max=10**6) == BATCH_VOUCHERS_MAX * ["ISSUED"]
 
     async def test_a_script_that_writes_is_refused_by_a_server_that_follows_another(self, bench: Bench) -> None:
         await bench.restock()
