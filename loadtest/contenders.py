@@ -61,6 +61,7 @@ class Voucherd(Contender, frozen=True, kw_only=True):
     """`voucherd up`, and what its requests are made of."""
 
     data: Path  # its data directory
+    redis_url: str
     demo: dict[str, str]
     limited_token: str
     stock: Callable[[int], None]  # so many codes more are in its campaign's pool
@@ -127,13 +128,14 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         stock(codes)
         command("codes", "generate", demo["product_code"], str(product_codes), "--pattern", "B%%%%-%%%%-%%%%")
         port = int(demo["base_url"].rsplit(":", 1)[1])
-        client = _client_of(data)
+        client = redis.Redis.from_url(_redis_url(data))
         client.config_set("latency-monitor-threshold", FSYNC_MS)
         groups = _groups(up.pid)
         found = Voucherd(
             port, groups, lambda mode: _set_fsync(client, mode),
             lambda: wait_for("an empty outbox", lambda: _is_flushed(client), SETTLE_S_MAX),
-            data=data, demo=demo, limited_token=limited_token, stock=stock, fsync_ms=lambda: _fsync_ms(client),
+            data=data, redis_url=_redis_url(data), demo=demo, limited_token=limited_token, stock=stock,
+            fsync_ms=lambda: _fsync_ms(client),
         )  # fmt: skip
         _check(found)
         yield found
@@ -213,8 +215,8 @@ def _fsync_ms(client: redis.Redis) -> float:
     return float(slowest.get(b"aof-fsync-always", 0))
 
 
-def _client_of(data_dir: Path) -> redis.Redis:
-    return redis.Redis.from_url(json.loads((data_dir / "connection.json").read_text())["redis_url"])
+def _redis_url(data_dir: Path) -> str:
+    return str(json.loads((data_dir / "connection.json").read_text())["redis_url"])
 
 
 def _groups(up: int) -> dict[str, list[int]]:

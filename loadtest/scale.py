@@ -33,7 +33,8 @@ from loadtest.contenders import Voucherd
 from loadtest.figures import keep, verdict
 from loadtest.processes import cpu_us, module, resident_mb
 from loadtest.vouchers import VoucherRequests
-from service.cli.connections import connected
+from service.line import connect
+from service.scripts import Scripts
 
 FLAT = 1.15  # the target: what a voucher may cost at most, over what it costs in the small installation
 DELAY_MS_MAX, IN_FORCE_S_MAX = 50.0, 3.0  # of a publication: what it delays any request by, and until it is in force
@@ -41,6 +42,7 @@ CONNECTIONS, CONNECTIONS_OPEN = 64, 256
 LOAD_SHARE = 0.5  # of the saturated rate: the load under which something is published
 LINES_MAX = 16  # more than there are, the load of the publication and what is repeated among them
 ATTEMPTS_MAX = 5  # of one measurement: a disk that stands still for seconds makes any service refuse
+PATIENCE_MS = 60_000  # for a server that takes in millions of records
 EXPIRE_S = 60  # records that expire do so evenly over so many seconds
 BYTES_PER_RECORD = 260  # more than either server takes (make bench-memory)
 
@@ -152,9 +154,14 @@ class _Turns:
 
 
 async def _more_records(up: Voucherd, count: int, life_s: Callable[[int], int] = lambda _: NEVER_S) -> None:
-    async with connected(up.data) as here:
-        generation = (await here.scripts.generation()).open
-        await more_records(here.scripts, count, generation=generation, life_s=life_s)
+    redis = connect(up.redis_url, timeout_ms=PATIENCE_MS)
+    up.fsync("no")  # or ten million records wait for the disk, which is not what is measured
+    try:
+        scripts = Scripts(redis)
+        await more_records(scripts, count, generation=(await scripts.generation()).open, life_s=life_s)
+    finally:
+        await redis.aclose()
+        up.fsync("always")
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
