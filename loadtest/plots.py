@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ def draw(folder: Path, totals: Mapping[str, Mapping[str, float]], levels: Sequen
         _cpu(folder / "cpu.svg", totals),
         _latency(folder / "latency.svg", levels),
         _rate(folder / "rate.svg", levels),
+        _cores(folder / "cores.svg", levels),
     ]
 
 
@@ -44,7 +46,7 @@ def _cpu(path: Path, totals: Mapping[str, Mapping[str, float]]) -> Path:
     for place, total in enumerate(map(sum, zip(serve, valkey, strict=True))):
         axes.text(total, place, f" {total:.0f}", va="center")
     axes.set_xlabel("CPU per voucher, microseconds (lower is better)")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")  # what takes most is at the bottom
     return _saved(figure, path)
 
 
@@ -80,6 +82,35 @@ def _rate(path: Path, levels: Sequence[Level]) -> Path:
     axes.set_xlabel("requests offered a second")
     axes.set_ylabel("answers a second")
     axes.legend(frameon=False)
+    return _saved(figure, path)
+
+
+def _cores(path: Path, levels: Sequence[Level]) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT))
+    shares = [100 * level.share for level in levels]
+    groups = [
+        ("serve", "serving process", OWN),
+        ("Valkey", "Valkey", "#e0903a"),
+        ("work", "worker", "#63a375"),
+        ("load", "load generator", "#d5dbe1"),
+    ]
+    axes.stackplot(
+        shares,
+        [[level.cores[name] for level in levels] for name, _, _ in groups],
+        labels=[told for _, told, _ in groups],
+        colors=[colour for _, _, colour in groups],
+    )
+    there = os.cpu_count() or 1
+    axes.axhline(there, color=OTHERS, linestyle=":")
+    axes.set_ylim(0, 1.3 * there)  # room for the legend
+    axes.axvline(100, color=OTHERS, linestyle=":")
+    axes.set_xlabel("load, % of the rate at which the service is saturated")
+    axes.set_ylabel("cores")
+    axes.set_title("CPU of everything that takes part; dotted: what there is", loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="upper left", ncols=2)
     return _saved(figure, path)
 
 
