@@ -65,7 +65,7 @@ bench-outbox: install ## whether the ledger keeps up for ten minutes at 70 % (AR
 bench-scale: install ## CPU per voucher at any size, and a publication (ARGS='--records 1000000 --codes 1000000')
 	$(BIN)/python -m loadtest.scale $(ARGS)
 
-bench-script: install ## what the issue script costs a voucher, with and without a rate limit
+bench-script: install ## what the issue script costs a voucher, with and without a rate limit and traces
 	$(BIN)/python -m loadtest.script $(ARGS)
 
 compare-install: install ## what loadtest/compare needs: FastAPI into .venv, Fastify by npm where there is Node

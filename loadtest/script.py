@@ -38,12 +38,22 @@ CAPS: Final = (
 )
 PLAN: Final = Plan((Candidate("CAMP", 0, 0, 0, Rule("CAMP", "CAMP", "CAT", "PAY", 0).pack(), CAPS),))
 LIMIT: Final = RateLimit(1_000_000, 1_000_000)  # never reached
-# How a batch is asked for: its distributors, and their limit.
-WAYS: Final[dict[str, tuple[int, RateLimit | None]]] = {
-    "one distributor": (1, None),
-    "one distributor, limited": (1, LIMIT),
-    "a distributor each": (1_000, None),
-    "a distributor each, limited": (1_000, LIMIT),
+
+
+class Way(msgspec.Struct, frozen=True):
+    """How a batch is asked for: by how many distributors, under which limit, and whether with traces."""
+
+    distributors: int = 1
+    limit: RateLimit | None = None
+    traced: bool = False
+
+
+WAYS: Final = {
+    "one distributor": Way(),
+    "one distributor, limited": Way(limit=LIMIT),
+    "one distributor, traced": Way(traced=True),
+    "a distributor each": Way(1_000),
+    "a distributor each, limited": Way(1_000, LIMIT),
 }
 
 
@@ -81,7 +91,7 @@ async def _measured(server: RedisServer, options: argparse.Namespace) -> list[Co
         scripts = Scripts(redis)
         await scripts.open(await scripts.generation(), 1, version=1, restoring=False)
         for _ in range(options.rounds):
-            for way, (distributors, limit) in WAYS.items():
+            for name, way in WAYS.items():
                 while await redis.llen(keys.window(0, 1, "CAMP")) < options.batch * options.batches:
                     expires = int(time.time()) + YEAR_S
                     codes = [Code(expires, 1, n, f"CODE-{n:09}", f"SER-{n:09}") for n in range(leased, leased + LEASE)]
@@ -90,21 +100,19 @@ async def _measured(server: RedisServer, options: argparse.Namespace) -> list[Co
                         generation=1, stock_version=1, low_water=20,
                     )  # fmt: skip
                     leased += LEASE
-                batches = [
-                    [_routed(next(numbers), distributors, limit) for _ in range(options.batch)]
-                    for _ in range(options.batches)
-                ]
-                costs.append(await _round(redis, scripts, server, way, batches))
+                batches = [[_routed(next(numbers), way) for _ in range(options.batch)] for _ in range(options.batches)]
+                costs.append(await _round(redis, scripts, server, name, batches))
     finally:
         await redis.aclose()
     return costs
 
 
-def _routed(number: int, distributors: int, limit: RateLimit | None) -> Routed:
-    distributor = f"DIST-{number % distributors:04}"
+def _routed(number: int, way: Way) -> Routed:
+    distributor = f"DIST-{number % way.distributors:04}"
     terminal = f"T-{number % 1_000}"
-    asked = Request("v1", distributor, f"request-{number:09}", distributor, ("PAY",), f"{terminal}\tPAY")
-    return Routed(asked, PLAN, limit=limit)
+    trace = f"00-{number:032x}-{number:016x}-01" if way.traced else ""
+    asked = Request("v1", distributor, f"request-{number:09}", distributor, ("PAY",), f"{terminal}\tPAY", trace=trace)
+    return Routed(asked, PLAN, limit=way.limit)
 
 
 async def _round(

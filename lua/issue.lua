@@ -20,7 +20,7 @@
 --   6  most codes to set aside in this call
 --   7  seconds that a replay record lives
 --   8  number of pools    9  number of counters    10  number of rate limits    11  number of plans
---   12  number of requests
+--   12  number of requests    13  number of traces: 0, or that of the requests
 --   then per pool:     id, least life in seconds
 --        per counter:  start, middle, end (Unix seconds): the first hash counts in [start, middle), the second
 --                      in [middle, end); a total has start 0 and middle = end
@@ -31,6 +31,7 @@
 --        per request:  plan index (0: no candidate), quantity, 1 if its key was looked up in the ledger, else 0, and
 --                      the distributor, joined by ':'; payload, which begins with the terminal and a tab; head (api,
 --                      distributor, client, key: four lines)
+--        per trace:    the traceparent of a request, '' if it has none; goes into the outbox as it is
 -- Returns {status, nonce, open generation, now, ...}
 --   OK     then for each request a status and its detail:
 --            ISSUED   the record
@@ -77,12 +78,12 @@ end
 -- read: arguments ------------------------------------------------------------------------------------------------
 local outbox_max, bytes_max, aside_left, retention = integer(4, 0), integer(5, 0), integer(6, 0), integer(7, 1)
 local pool_count, counter_count, limit_count = integer(8, 0), integer(9, 0), integer(10, 0)
-local plan_count, request_count = integer(11, 0), integer(12, 0)
-if bad or retention > 31622400
+local plan_count, request_count, trace_count = integer(11, 0), integer(12, 0), integer(13, 0)
+if bad or retention > 31622400 or (trace_count > 0 and trace_count ~= request_count)
   or #KEYS ~= 5 + 2 * pool_count + 2 * counter_count + limit_count + request_count then
   return redis.error_reply('BADCALL argument ' .. (bad or 0) .. ' of issue')
 end
-local at = 13 -- the argument to read next
+local at = 14 -- the argument to read next
 local key_at = 6
 
 local pools = {}
@@ -150,9 +151,10 @@ for i = 1, plan_count do
   plans[string.format('%d', i)] = plan
 end
 
-if #ARGV ~= at - 1 + 3 * request_count then
+if #ARGV ~= at - 1 + 3 * request_count + trace_count then
   return redis.error_reply('BADCALL number of arguments of issue')
 end
+local traces_at = at + 3 * request_count
 local shapes, vouchers = {}, 0 -- shapes: most requests of a batch ask for the same, so each text is read once
 for i = 1, request_count do
   local text = ARGV[at + 3 * (i - 1)]
@@ -285,6 +287,7 @@ end
 local reply = {'OK', nonce, open, now}
 local issued = {} -- records by their keys
 local records, record_keys, entries = {}, {}, {} -- in the order of their codes; entries: as they go into the outbox
+local traces = {} -- of the records, if there are any
 local records_made, codes_issued = 0, 0
 local fields = {} -- of the caps of the candidate that is looked at
 local issued_at = '\n' .. string.format('%x', now) .. '\n'
@@ -350,10 +353,15 @@ local function decide(i)
       end
       record = '2' .. payload .. issued_at .. candidate.rule .. '\n' .. codes
       local entry = ARGV[first + 2] .. '\n' .. record
-      if #entry >= room_bytes then
+      local weight, trace = #entry, nil
+      if trace_count > 0 then
+        trace = ARGV[traces_at + i - 1]
+        weight = weight + #trace + 1
+      end
+      if weight >= room_bytes then
         return 'BACKLOG', 'bytes'
       end
-      room, room_bytes = room - take, room_bytes - #entry - 1 -- 1: what stands between two
+      room, room_bytes = room - take, room_bytes - weight - 1 -- 1: what stands between two
       if limit then
         limit.had, limit.raised = limit.had + take * 1000000, true
       end
@@ -368,6 +376,7 @@ local function decide(i)
       issued[key] = record
       records_made = records_made + 1
       records[records_made], record_keys[records_made], entries[records_made] = record, key, entry
+      traces[records_made] = trace
       return 'ISSUED', record
     end
     stops = stops and stops .. ',' .. stop or stop
@@ -394,7 +403,8 @@ local leaving, entered = codes_issued + #asides, bytes_max - bytes - room_bytes
 if leaving > 0 then
   redis.call('XADD', outbox_key, '*', 'generation', open, 'seq', string.format('%d', seq + 1),
     'codes', string.format('%d', leaving), 'bytes', string.format('%d', entered),
-    'issued', table.concat(entries, '\30'), 'asides', table.concat(asides, '\30'))
+    'issued', table.concat(entries, '\30'), 'asides', table.concat(asides, '\30'),
+    unpack(#traces > 0 and {'traces', table.concat(traces, '\30')} or {}))
   local seconds = string.format('%d', retention)
   for i = 1, records_made do
     redis.call('SET', record_keys[i], records[i], 'EX', seconds)

@@ -193,6 +193,7 @@ class Request(msgspec.Struct, frozen=True):
 
     ``payload`` is the canonical text compared on a replay and begins with the terminal and a tab, ``products`` what
     to look for in this order, ``quantity`` 1..20 codes under this one key, ``face_value`` cents if one was sent.
+    ``trace`` is the traceparent of the call that asks, '' if it sent none; it decides nothing.
     """
 
     api: str
@@ -203,6 +204,7 @@ class Request(msgspec.Struct, frozen=True):
     payload: str
     quantity: int = 1
     face_value: int | None = None
+    trace: str = ""
 
     @property
     def terminal(self) -> str:

@@ -61,12 +61,16 @@ class IdKeys:
 
     def request_id(self, key: str, client: str, idempotency_key: str, issued_at: int) -> str:
         """The id of an answered request, as a UUID: the same in each of its answers.  Raises UnknownIdKey."""
+        return uuid_text(self.request_number(key, client, idempotency_key, issued_at))
+
+    def request_number(self, key: str, client: str, idempotency_key: str, issued_at: int) -> int:
+        """The same, as its 128 bits."""
         keyed = self._requests.get(key)
         if keyed is None:
             raise UnknownIdKey(f"requests were answered with the id key {key}, which the secrets file does not hold")
         hashed = keyed.copy()
         hashed.update(f"{client}\n{idempotency_key}\n{issued_at}".encode())
-        return uuid_text(int.from_bytes(hashed.digest(), "big") & _VERSION | _RANDOM)
+        return int.from_bytes(hashed.digest(), "big") & _VERSION | _RANDOM
 
 
 NO_KEYS: Final = IdKeys("", {})  # of an installation without a secrets file: it has no vouchers with ids

@@ -238,6 +238,7 @@ class Scripts:
         plan_args: list[str | int] = []
         request_args: list[str | int] = []
         replay_keys: list[str] = []
+        traced = False
         replays = keys.replays(p, g)
         for routed in batch:
             plan, request = routed.plan, routed.request
@@ -258,15 +259,18 @@ class Scripts:
                 f"{index}:{request.quantity}:{1 if routed.looked_up else 0}:{request.distributor}", request.payload,
                 f"{api}\n{request.distributor}\n{client}\n{key}",
             )  # fmt: skip
+            if request.trace:
+                traced = True
+        traces = [routed.request.trace for routed in batch] if traced else []
         nonce = secrets.token_hex(8)
         raw = await self._call(
             "issue",
             [self._generation, self._fence, keys.totals(p, g), keys.outbox(p, g), self._demand,
              *pool_keys, *counter_keys, *[keys.rate(p, g, distributor) for distributor in limits], *replay_keys],
             [g, version, nonce, outbox_max, outbox_bytes_max, SET_ASIDE_MAX, retention_s,
-             len(pools), len(counters), len(limits), len(plans), len(batch), *pool_args, *counter_args,
+             len(pools), len(counters), len(limits), len(plans), len(batch), len(traces), *pool_args, *counter_args,
              *[value for distributor, limit in limits.items() for value in (distributor, limit.rate, limit.burst)],
-             *plan_args, *request_args],
+             *plan_args, *request_args, *traces],
         )  # fmt: skip
         return await self._batch_reply(raw, nonce, [routed.request for routed in batch], tuple(pools))
 

@@ -373,6 +373,7 @@ class Bench:
                 assert (code.lot, code.seq) not in self.given, f"{code} was set aside and given"
             held += int(fields["codes"])
             texts = [text for text in (fields["issued"], fields["asides"]) if text]
+            texts += [fields["traces"]] if "traces" in fields else []
             assert int(fields["bytes"]) == sum(len(text.encode()) + 1 for text in texts)
             bytes_held += int(fields["bytes"])
         assert (held, bytes_held) == (books.codes, books.bytes)
@@ -388,10 +389,11 @@ def request(
     terminal: str = "T-1",
     distributor: str = DISTRIBUTOR,
     payload: str | None = None,
+    trace: str = "",
 ) -> Request:
     """A valid request; its payload tells the terminal unless given."""
     text = f"{terminal}\tPAY" if payload is None else payload
-    return Request("v1", distributor, key, distributor, ("PAY",), text, quantity)
+    return Request("v1", distributor, key, distributor, ("PAY",), text, quantity, trace=trace)
 
 
 def cap(

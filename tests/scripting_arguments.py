@@ -95,7 +95,7 @@ async def prepare(bench: Bench) -> dict[str, Call]:
         doors.issue(
             [
                 Routed(one, both, limit=RateLimit(7, 20))
-                for one in (request("old"), request("a", quantity=2), request("b", terminal="T-2"))
+                for one in (request("old"), request("a", quantity=2, trace="a trace"), request("b", terminal="T-2"))
             ],
             generation=1, version=1, outbox_max=1_000, outbox_bytes_max=100_000, retention_s=86_400,
             bounds=bounds,

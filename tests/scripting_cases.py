@@ -79,6 +79,39 @@ class ScriptCases:
         }  # fmt: skip
         assert (await bench.window())[0] == second
 
+    async def test_a_trace_goes_into_the_outbox_with_what_was_issued_and_nowhere_else(self, bench: Bench) -> None:
+        await bench.restock(count=10)
+        await bench.issue(Routed(request("old"), plan()))
+        reply = await bench.issue(
+            Routed(request("old", trace="of a replay"), plan()),
+            Routed(request("a", quantity=2, trace="of a"), plan()),
+            Routed(request("none", trace="of nothing"), NOTHING),
+            Routed(request("b"), plan()),
+        )
+        assert [answer.status for answer in reply.answers] == ["REPLAY", "ISSUED", "NONE", "ISSUED"]
+        (_, untraced), (_, fields) = await bench.outbox()
+        assert "traces" not in untraced
+        assert fields["traces"] == "of a\x1e"
+        assert int(fields["bytes"]) == len(fields["issued"]) + len(fields["traces"]) + 2
+        given = record_of(request("a"), reply.answers[1].detail)
+        assert "of a" not in given.pack()
+
+    async def test_traces_of_requests_that_got_nothing_leave_no_trace(self, bench: Bench) -> None:
+        await bench.restock(count=1, expires_at=await bench.now() - 1)
+        assert await bench.words(Routed(request(trace="of nothing"), plan())) == ["REFILL"]
+        [(_, fields)] = await bench.outbox()
+        assert "traces" not in fields
+
+    async def test_a_trace_counts_against_the_bytes_of_the_outbox(self, bench: Bench) -> None:
+        await bench.restock()
+        given = (await bench.issue(Routed(request("a"), plan()))).answers[0].detail
+        entry = len(record_of(request("a"), given).pack_entry())
+        [(_, _, held)] = await bench.waiting()
+        room = held + entry + 1  # for one more like it
+        traced = Routed(request("b", trace="a trace"), plan())
+        assert await bench.words(traced, outbox_bytes_max=room) == ["BACKLOG"]
+        assert await bench.words(traced, outbox_bytes_max=room + len("a trace") + 1) == ["ISSUED"]
+
     async def test_quantity_n_gets_n_codes_in_their_order(self, bench: Bench) -> None:
         codes = await bench.restock(count=10)
         reply = await bench.issue(

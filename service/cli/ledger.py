@@ -36,12 +36,18 @@ app = typer.Typer(help="The ledger: what was issued, for good.", no_args_is_help
 
 @app.command("find")
 def find(
-    request_id: Annotated[str | None, typer.Option(metavar="ID", help="The request's id.", show_default=False)] = None,
+    request_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="The request's id, or that of its answer.", show_default=False)
+    ] = None,
     code: Annotated[str | None, typer.Option(metavar="CODE", help="The voucher code.", show_default=False)] = None,
     voucher_id: Annotated[
         str | None, typer.Option(metavar="UUID", help="The id of a voucher of Client API v3.", show_default=False)
     ] = None,
     distributor: Annotated[str | None, typer.Option(metavar="ID", help="Who asked.", show_default=False)] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="TRACE", help="The trace id or traceparent of the call that asked.", show_default=False),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Show at most so many, the latest ones.")] = 20,
     as_json: options.AsJson = False,
     data_dir: options.DataDir = None,
@@ -52,12 +58,14 @@ def find(
     """
 
     wanted = None if voucher_id is None else options.typed(forms.voucher_id_of, voucher_id)
+    trace_id = None if trace is None else options.typed(forms.trace_id_of, trace)
 
     async def run() -> list[Found]:
         async with connected(data_dir) as here, here.database.read() as conn:
             return await ledger.find(
-                conn, request_id=request_id, code=code, voucher_id=wanted, distributor=distributor, limit=limit
-            )
+                conn, request_id=request_id, code=code, voucher_id=wanted, distributor=distributor, trace_id=trace_id,
+                limit=limit,
+            )  # fmt: skip
 
     found = asyncio.run(run())
     if as_json:

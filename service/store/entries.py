@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from service import traceparent
 from service.domain import RECORD_SEPARATOR, Code, Record, Rule
 from service.identity import IdKeys
 from service.store.schema import LITTLE_LIFE, TAKEN_BACK, WITHDRAWN
@@ -20,7 +22,8 @@ class Entry(msgspec.Struct, frozen=True):
     """One outbox entry: issued records and set-aside codes, its codes numbered in this order by ``ordinal``.
 
     ``why``: what its set-aside codes left the window for, LITTLE_LIFE, WITHDRAWN or TAKEN_BACK.
-    ``partition`` and ``generation`` are those of the stream that it was read from.
+    ``partition`` and ``generation`` are those of the stream that it was read from.  ``traces``: the traceparent of
+    each record's request, '' if it sent none; no trace at all if none did.
     """
 
     partition: int
@@ -30,6 +33,7 @@ class Entry(msgspec.Struct, frozen=True):
     records: tuple[Record, ...]
     asides: tuple[Code, ...]
     why: str = LITTLE_LIFE
+    traces: tuple[str, ...] = ()
 
     @property
     def codes(self) -> int:
@@ -84,6 +88,18 @@ class RequestRow(NamedTuple):
     terms: str
     issued_at: int
     flushed_at: int
+    answer_id: bytes | None
+    trace_id: str
+    parent_id: str
+
+    @property
+    def said(self) -> tuple[object, ...]:
+        """What the request's record says of it, by which the same entry is known again.  The rest depends on the worker
+        that wrote it, and on its version."""
+        return self[:_SAID]
+
+
+_SAID: Final = RequestRow._fields.index("flushed_at")
 
 
 class IssuanceRow(NamedTuple):
@@ -135,13 +151,18 @@ def rows_of(entries: Sequence[Entry], now: int, ids: IdKeys) -> Rows:
     for entry in entries:
         partition, generation, outbox_seq = entry.position
         ordinal = 0
-        for record in entry.records:
+        for record, trace in zip(entry.records, entry.traces or repeat(""), strict=False):
             rule, first = record.rule, ordinal
+            answer_id = None
+            if rule.id_key:
+                number = ids.request_number(rule.id_key, record.client, record.key, record.issued_at)
+                answer_id = number.to_bytes(16, "big")
             rows.requests.append(
                 RequestRow(
                     partition, generation, outbox_seq, first, len(record.codes), record.api, record.distributor,
                     record.client, record.key, record.payload, record.terminal, rule.campaign, rule.pool,
                     rule.category, rule.product, rule.until, rule.id_key, rule.terms, record.issued_at, now,
+                    answer_id, *traceparent.ids(trace),
                 )
             )  # fmt: skip
             for code in record.codes:

@@ -296,7 +296,7 @@ async def _take_their_places(conn: AsyncConnection, rows: Rows) -> None:
         )
         for lot, seq, *row in recreated.all():
             held, came = RequestRow(*row), coming[lot, seq]
-            if came.generation != RECREATED and held[4:-1] == came[4:-1]:
+            if came.generation != RECREATED and held.said[4:] == came.said[4:]:
                 for table in (issuances, requests):
                     way = (table.c[name] == value for name, value in zip(WAY[:3], held[:3], strict=True))
                     await conn.execute(delete(table).where(*way))
@@ -450,7 +450,7 @@ _WITHOUT_IT: Final = "an entry of this position came again without the code that
 
 
 def _same_request(had: Row[Any] | None, came: RequestRow) -> bool:
-    return had is not None and tuple(had)[:-1] == came[:-1]  # all but flushed_at
+    return had is not None and RequestRow._make(had).said == came.said
 
 
 async def _still_paused(conn: AsyncConnection, involved: set[str]) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
+from uuid import UUID
 
 import msgspec
 from sqlalchemy import ColumnElement, FromClause, Row, Select, Table, and_, func, literal, or_, select, tuple_
@@ -29,7 +31,8 @@ __all__ = [
 class Found(msgspec.Struct, frozen=True):
     """One issued code with its request.  ``double``: another request had the code before, this is an incident.
 
-    ``voucher_id`` is a UUID's 16 bytes, None where the API gives none.
+    ``voucher_id`` is a UUID's 16 bytes, None where the API gives none; so is ``answer_id``, the request id in answers,
+    None where it is the key.  ``trace_id`` and ``parent_id`` are those of the call's traceparent, '' if it had none.
     """
 
     partition: int
@@ -57,6 +60,9 @@ class Found(msgspec.Struct, frozen=True):
     expires_at: int
     double: bool = False
     voucher_id: bytes | None = None
+    answer_id: bytes | None = None
+    trace_id: str = ""
+    parent_id: str = ""
 
     @property
     def client_reference(self) -> str:
@@ -175,12 +181,18 @@ async def find(
     code: str | None = None,
     voucher_id: bytes | None = None,
     distributor: str | None = None,
+    trace_id: str | None = None,
     limit: int = 100,
 ) -> list[Found]:
-    """At most ``limit`` issued codes that fit all that is given, the latest first."""
+    """At most ``limit`` issued codes that fit all that is given, the latest first.
+
+    ``request_id``: what the client's request was called, or what answers to it were.
+    """
     wanted = select(requests)
     if request_id is not None:
-        wanted = wanted.where(requests.c.key == request_id)
+        wanted = wanted.where(await _called(conn, request_id))
+    if trace_id is not None:
+        wanted = wanted.where(requests.c.trace_id == trace_id, requests.c.trace_id != "")  # so that the index serves
     if distributor is not None:
         wanted = wanted.where(requests.c.distributor == distributor)
     if code is not None:
@@ -206,6 +218,17 @@ async def find(
         for one in given
         if (code is None or one.code.code == code) and (voucher_id is None or one.voucher_id == voucher_id)
     ][:limit]
+
+
+async def _called(conn: AsyncConnection, request_id: str) -> ColumnElement[bool]:
+    if _UUID(request_id):
+        answered = requests.c.answer_id == UUID(request_id).bytes
+        if (await conn.execute(select(requests.c.key).where(answered).limit(1))).first() is not None:
+            return answered
+    return requests.c.key == request_id
+
+
+_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}").fullmatch
 
 
 async def earliest_first(conn: AsyncConnection, wanted: Wanted) -> AsyncIterator[list[Found]]:

@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 # What the migrations lead to, oldest first: a process that only looks need not load alembic.
-REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004", "pre_0005")
+REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004", "pre_0005", "pre_0006")
 
 metadata = MetaData(
     naming_convention={
@@ -40,6 +40,12 @@ metadata = MetaData(
 
 # SQLite numbers rows by itself only for the exact type INTEGER.
 RowId = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _partial(column: str, where: str) -> Index:
+    """An index of the rows of which there may be few."""
+    return Index(None, column, postgresql_where=text(where), sqlite_where=text(where))
+
 
 # --- control plane -------------------------------------------------------------------------------------------
 
@@ -285,10 +291,15 @@ requests = Table(
     Column("terms", Text, nullable=False, server_default=text("''")),  # of the product when it was issued
     Column("issued_at", BigInteger, nullable=False),
     Column("flushed_at", BigInteger, nullable=False),
+    Column("answer_id", LargeBinary(16)),  # the request_id of its answers; null where the key is that
+    Column("trace_id", String(32), nullable=False, server_default=text("''")),  # of the call that asked, and the
+    Column("parent_id", String(16), nullable=False, server_default=text("''")),  # span in it; '': it said none
     PrimaryKeyConstraint(*WAY),
     Index(None, "client", "api", "key"),  # plain: that no key has two requests is audited, not enforced
     Index(None, "issued_at"),
     Index(None, "campaign", "issued_at"),
+    _partial("answer_id", "answer_id is not null"),
+    _partial("trace_id", "trace_id <> ''"),
 )
 
 issuances = Table(
@@ -308,12 +319,7 @@ issuances = Table(
     PrimaryKeyConstraint(*WAY),
     UniqueConstraint("lot", "seq"),  # wall: one position of stock, one issuance, ever
     UniqueConstraint("digest"),  # wall: one code, one issuance, ever
-    Index(
-        None,
-        "voucher_id",
-        postgresql_where=text("voucher_id is not null"),
-        sqlite_where=text("voucher_id is not null"),
-    ),
+    _partial("voucher_id", "voucher_id is not null"),
 )
 
 voucher_states = Table(  # what became of vouchers after they were issued, as far as somebody said so

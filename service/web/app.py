@@ -92,12 +92,14 @@ class App:
             return self._vouchers.head(path, headers)
         return None if self._client_api is None else self._client_api.head(path, headers)
 
-    def begin(self, head: Head, key: bytes, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+    def begin(
+        self, head: Head, key: bytes, body: bytes | bytearray, answered: Callable[[Answer], None], trace: str = ""
+    ) -> bool:
         """Answers a request for vouchers that came whole, by calling ``answered`` once.  False: it is not a plain one
         (or not one at all), nothing was done, and ``__call__`` answers it."""
         began = perf_counter()
         try:
-            if (asked := head.api.plain(head, key, body)) is None:
+            if (asked := head.api.plain(head, key, body, trace)) is None:
                 return False
             credential, request = asked
             self._issuer.submit(credential, request, partial(self._settle, answered, head.api, request, key, began))

@@ -43,8 +43,9 @@ class PlainApi(Protocol):
     def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
         """What a POST to ``path`` says that may be a plain request; None if it is none."""
 
-    def plain(self, head: Head, key: bytes, body: bytes | bytearray) -> tuple[str, Request] | None:
-        """The credential and the request, if nothing about it is wrong or unusual; ``key``: its Idempotency-Key."""
+    def plain(self, head: Head, key: bytes, body: bytes | bytearray, trace: str = "") -> tuple[str, Request] | None:
+        """The credential and the request, if nothing about it is wrong or unusual; ``key``: its Idempotency-Key,
+        ``trace``: its traceparent."""
 
     def told(self, outcome: Outcome, request: Request, key: bytes) -> Answer:
         """What the client is told."""
@@ -59,7 +60,9 @@ class Lane(Protocol):
     def head(self, path: bytes, headers: dict[bytes, bytes]) -> Head | None:
         """What a POST to ``path`` says that may be a plain request; None if it is none."""
 
-    def begin(self, head: Head, key: bytes, body: bytes | bytearray, answered: Callable[[Answer], None]) -> bool:
+    def begin(
+        self, head: Head, key: bytes, body: bytes | bytearray, answered: Callable[[Answer], None], trace: str = ""
+    ) -> bool:
         """Calls ``answered`` once, now or later, if the request is a plain one.  False: it is not, nothing was done."""
 
 
@@ -68,7 +71,7 @@ class Exchange:
 
     __slots__ = (
         "_done", "_server_headers", "body", "disconnected", "head", "keep_alive", "key", "more_body",
-        "response_complete", "transport",
+        "response_complete", "trace", "transport",
     )  # fmt: skip
 
     response_started = False  # the answer is written at once, and then it is complete
@@ -84,6 +87,7 @@ class Exchange:
     ) -> None:
         self.head = head
         self.key = key  # its Idempotency-Key, if it is keyed
+        self.trace = ""  # its traceparent, if it has one
         self.transport = transport
         self.keep_alive = keep_alive
         self.body: bytes | bytearray = b""

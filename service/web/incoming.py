@@ -8,6 +8,8 @@ from typing import Final
 
 from starlette.types import Receive
 
+from service import traceparent
+
 BODY_MAX: Final = 16_384  # bytes; the longest valid body is below 2 KiB
 
 # Twice the same thing said is a mistake; twice something different is how requests are smuggled past a proxy.
@@ -31,6 +33,14 @@ def repeated(pairs: list[tuple[bytes, bytes]]) -> str | None:
 def exceeds(length: bytes) -> bool:
     """Whether a body of this Content-Length is too large; one that is no number of a sane length counts as such."""
     return len(length) > 18 or not length.isdigit() or int(length) > BODY_MAX
+
+
+def trace_of(headers: dict[bytes, bytes], pairs: list[tuple[bytes, bytes]]) -> str:
+    """The traceparent of a request, '' if it sent none, a bad one, or several."""
+    value = headers.get(traceparent.NAME)
+    if value is None or sum(name == traceparent.NAME for name, _ in pairs) > 1:
+        return ""
+    return traceparent.parsed(value)
 
 
 async def body_of(receive: Receive) -> bytes | None:

@@ -23,7 +23,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service import metrics
+from service import metrics, traceparent
 from service.web.exchange import Exchange, Head, Lane
 from service.web.incoming import BODY_MAX
 from service.web.problems import problem
@@ -44,6 +44,7 @@ HEAD_BYTES_MAX: Final = 1_536  # of one that is remembered, an access token take
 
 _SINGLE: Final = (b"host", b"authorization", b"content-length")
 _VERSIONS: Final = ("1.1", "1.0")  # the parser also takes 2.0 and 0.9: a request line without any version
+_TRACEPARENT: Final = b"\r\n" + traceparent.NAME + b": "
 
 
 class _RefusalError(Exception):
@@ -213,7 +214,9 @@ class BoundedProtocol(HttpToolsProtocol):
         head = self._plain_head(named)
         if head is not None:
             key = named[b"idempotency-key"] if head.keyed else b""
-            self.cycle = self._exchange(head, key, self.parser.should_keep_alive())  # type: ignore[assignment]  # see there
+            self.cycle = exchange = self._exchange(head, key, self.parser.should_keep_alive())  # type: ignore[assignment]  # see there
+            if traceparent.NAME in named:
+                exchange.trace = traceparent.parsed(named[traceparent.NAME])
         else:
             self._begin_cycle()
         self.headed = True
@@ -272,10 +275,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # --- past ASGI
 
-    def _take_known(self, data: bytes) -> bool:
+    def _take_known(self, data: bytes, trace: str = "") -> bool:
         """Begins the request if ``data`` is a whole plain one whose headers are known, byte for byte.
 
-        The same bytes mean the same: the parser, which is between two requests, need not see them.
+        The same bytes mean the same: the parser, which is between two requests, need not see them.  A traceparent is
+        another one with each request, so headers are known without it; ``trace``: it was taken out of ``data``.
         """
         end, at = _end_of_head(data), self.key_at
         if at:
@@ -283,9 +287,14 @@ class BoundedProtocol(HttpToolsProtocol):
             key, head = data[at:stop], self.heads.get((at, data[:at] + data[stop:end]))
         else:
             key, head = b"", self.heads.get(data[:end])
+        if head is None and not trace:
+            rest, trace = _without_trace(data, end)
+            if trace:
+                return self._take_known(rest + data[end:], trace)
         if head is None or len(data) - end != head.length or self.draining or not self._is_free():
             return False
         self.cycle = exchange = self._exchange(head, key, True)  # type: ignore[assignment]
+        exchange.trace = trace
         if not self._begin(exchange, data[end:]):
             self.cycle = None  # type: ignore[assignment]
             return False
@@ -298,6 +307,11 @@ class BoundedProtocol(HttpToolsProtocol):
         end, head = _end_of_head(data), exchange.head
         if len(data) - end != head.length or end > HEAD_BYTES_MAX:
             return  # more than this one request, or headers that nobody sends again and again
+        if traceparent.NAME in data[:end].lower():
+            rest, trace = _without_trace(data, end)
+            if not trace or traceparent.NAME in rest.lower():
+                return  # an unusual one
+            data, end = rest + data[end:], len(rest)
         if len(self.heads) >= HEADS_MAX:
             self.heads.clear()
         if head.keyed:
@@ -331,7 +345,9 @@ class BoundedProtocol(HttpToolsProtocol):
         return Exchange(head, key, self.transport, self.server_state.default_headers, keep_alive, self._exchange_done)
 
     def _begin(self, exchange: Exchange, body: bytes | bytearray) -> bool:
-        if self.lane is None or not self.lane.begin(exchange.head, exchange.key, body, exchange.answered):
+        if self.lane is None or not self.lane.begin(
+            exchange.head, exchange.key, body, exchange.answered, exchange.trace
+        ):
             return False
         if not exchange.response_complete:
             self.tasks.add(exchange)  # type: ignore[arg-type]  # what uvicorn waits for before it stops, and cancels
@@ -480,6 +496,16 @@ _KEY_LINE: Final = re.compile(rb"\r\nidempotency-key:[ \t]*", re.IGNORECASE).sea
 def _end_of_head(data: bytes) -> int:
     """Where the body begins; short of any request line if it is not in ``data``."""
     return data.find(b"\r\n\r\n") + 4
+
+
+def _without_trace(data: bytes, end: int) -> tuple[bytes, str]:
+    """The headers without their first traceparent, and what it says; '' if there is none, or it is bad or unusual."""
+    at = data.find(_TRACEPARENT, 0, end)
+    value = at + len(_TRACEPARENT)
+    after = value + traceparent.LENGTH
+    if at < 0 or data[after : after + 2] != b"\r\n":
+        return b"", ""
+    return data[:at] + data[after:end], traceparent.parsed(data[value:after])
 
 
 def bounded(lane: Lane | None = None, *, receive_timeout_ms: int, connections_max: int) -> type[BoundedProtocol]:

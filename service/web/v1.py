@@ -37,7 +37,7 @@ from service.domain import (
 from service.messages import KEY, NAME, PRODUCTS_MAX, TERMINAL
 from service.tokens import well_formed
 from service.web.exchange import Head
-from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
+from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated, trace_of
 from service.web.problems import Answer, Headers, method_not_allowed, problem, rate_limited, unavailable
 
 if TYPE_CHECKING:  # the parent of the serving processes needs neither it nor redis-py below it
@@ -100,7 +100,7 @@ class VoucherRequests:
         if len(body) > BODY_MAX:
             return await self._unless_unauthorized(token, problem("too_large"))
 
-        request = _requested(body)
+        request = _requested(body, trace_of(headers, pairs))
         if request is None:
             return await self._unless_unauthorized(token, _explained(body))
         if b"idempotency-key" in headers and not _same_keys(pairs, request.key):
@@ -122,10 +122,10 @@ class VoucherRequests:
         token, refusal = _token(authorization)
         return None if refusal else _Head(self, int(length), b"idempotency-key" in headers, token)
 
-    def plain(self, head: Head, key: bytes, body: bytes | bytearray) -> tuple[str, Request] | None:
+    def plain(self, head: Head, key: bytes, body: bytes | bytearray, trace: str = "") -> tuple[str, Request] | None:
         """The token and the request, if nothing about it is wrong or unusual."""
         assert isinstance(head, _Head)
-        request = _requested(body)
+        request = _requested(body, trace)
         if request is None or (head.keyed and key != request.key.encode()):
             return None
         return head.token, request
@@ -269,7 +269,7 @@ class _Asked(msgspec.Struct, gc=False):
 _DECODER: Final = msgspec.json.Decoder(_Asked)
 
 
-def _requested(body: bytes | bytearray) -> Request | None:
+def _requested(body: bytes | bytearray, trace: str) -> Request | None:
     """The request in ``body``; None if anything is wrong with it."""
     try:
         if not body.isascii():
@@ -285,7 +285,7 @@ def _requested(body: bytes | bytearray) -> Request | None:
         return None
     return Request(
         "v1", distributor, request_id, distributor, products if len(products) == 1 else tuple(dict.fromkeys(products)),
-        f"{terminal}\t{listed}",
+        f"{terminal}\t{listed}", trace=trace,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from service.identity import IdKeys
 from service.messages import QUANTITY_MAX, IssueRequest
 from service.web.access import Access
 from service.web.exchange import Head
-from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated
+from service.web.incoming import BODY_MAX, body_of, exceeds, is_json, repeated, trace_of
 from service.web.problems import Answer, Headers, limit_fields
 from service.web.v1 import PLAIN_DIGITS_MAX, Issuing
 from service.web.v3_catalogue import out_of_force
@@ -121,13 +121,13 @@ class ClientApi:
             return None
         return _Head(self, int(length), True, headers.get(b"authorization", b""), found[1].decode())
 
-    def plain(self, head: Head, key: bytes, body: bytes | bytearray) -> tuple[str, Request] | None:
+    def plain(self, head: Head, key: bytes, body: bytes | bytearray, trace: str = "") -> tuple[str, Request] | None:
         """The credential and the request, if nothing about it is wrong or unusual and its token was verified before."""
         assert isinstance(head, _Head)
         access, lowered = self._tokens.remembered(head.authorization, _ISSUE_SCOPE), idempotency_key(key)
         if access is None or lowered is None or isinstance(asked := _requested(body), str):
             return None
-        return access.credential, _request(access, lowered, head.code, asked)
+        return access.credential, _request(access, lowered, head.code, asked, trace)
 
     def told(self, outcome: Outcome, request: Request, key: bytes) -> Answer:
         """See ``told``."""
@@ -151,7 +151,7 @@ class ClientApi:
         asked = _requested(body)
         if isinstance(asked, str):
             return await self._unless_out_of_force(access, refusal(asked, headers=((b"idempotency-key", sent[0]),)))
-        request = _request(access, key, code, asked)
+        request = _request(access, key, code, asked, trace_of(headers, pairs))
         outcome = await self._issuer.issue(access.credential, request)
         return told(outcome, request, self._ids, sent[0])
 
@@ -263,10 +263,10 @@ def idempotency_key(value: bytes) -> str | None:
     return None if found is None else found[2].decode().lower()
 
 
-def _request(access: Access, key: str, code: str, asked: IssueRequest) -> Request:
+def _request(access: Access, key: str, code: str, asked: IssueRequest, trace: str) -> Request:
     return Request(
         "v3", access.client, key, access.distributor, (code,), payload_of(code, asked), asked.quantity,
-        None if isinstance(asked.face_value, msgspec.UnsetType) else asked.face_value,
+        None if isinstance(asked.face_value, msgspec.UnsetType) else asked.face_value, trace,
     )  # fmt: skip
 
 

@@ -100,9 +100,16 @@ def fields(one: Found) -> dict[str, object]:
         "outbox": f"{one.partition}/{one.generation}/{one.outbox_seq}.{one.ordinal}",
         "flushed_at": instant(one.flushed_at),
         "double": one.double,
-        "voucher_id": "" if one.voucher_id is None else uuid_text(int.from_bytes(one.voucher_id, "big")),
+        "voucher_id": _uuid(one.voucher_id),
         "client_reference": one.client_reference,
+        "answer_id": _uuid(one.answer_id),
+        "trace_id": one.trace_id,
+        "parent_id": one.parent_id,
     }
+
+
+def _uuid(octets: bytes | None) -> str:
+    return "" if octets is None else uuid_text(int.from_bytes(octets, "big"))
 
 
 FIELDS: Final = tuple(fields(Found(*(0,) * 4, *("",) * 10, *(0,) * 6, "", "", 0, False)))

@@ -13,9 +13,9 @@ import structlog
 from redis.exceptions import RedisError, ResponseError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service import keys, metrics
+from service import keys, metrics, traceparent
 from service.catalogue import cap_field, counted_by
-from service.domain import CapHolder, Code, Record
+from service.domain import RECORD_SEPARATOR, CapHolder, Code, Record
 from service.errors import LedgerLacks, RedisUnreachable
 from service.identity import NO_KEYS, IdKeys
 from service.scripts import Count, Scripts, counter_key, parse_separated, sequences
@@ -297,9 +297,13 @@ def parse(partition: int, generation: int, entry_id: str, fields: dict[str, str]
     held = sum(len(record.codes) for record in records) + len(asides)
     if int(fields["codes"]) != held or int(fields["generation"]) != generation or int(fields["seq"]) < 1 or not held:
         raise ValueError("the entry does not hold what it says")
+    traces = tuple(fields["traces"].split(RECORD_SEPARATOR)) if "traces" in fields else ()
+    if traces and (len(traces) != len(records) or not all(not one or traceparent.well_formed(one) for one in traces)):
+        raise ValueError("traces that are not those of its records")
     for text in (*fields.values(),):
         text.encode("ascii")  # UnicodeEncodeError is a ValueError: whatever this is, issue did not write it
-    return Entry(partition, generation, int(fields["seq"]), entry_id, records, asides, fields.get("why", LITTLE_LIFE))
+    why = fields.get("why", LITTLE_LIFE)
+    return Entry(partition, generation, int(fields["seq"]), entry_id, records, asides, why, traces)
 
 
 def entered_at(entry_id: str) -> float:

@@ -12,6 +12,7 @@ from typing import Final, cast
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+from service import traceparent
 from service.catalogue import Cap, Period
 from service.domain import CapHolder
 from service.worker.codes_file import expiry
@@ -97,6 +98,14 @@ def voucher_id_of(text: str) -> bytes:
         return UUID(text).bytes
     except ValueError:
         raise ValueError(f"{text[:80]!r} is no voucher id: that is a UUID") from None
+
+
+def trace_id_of(text: str) -> str:
+    """The trace id, in hexadecimal, that ``text`` is or, as a traceparent, holds."""
+    trace = traceparent.parsed(text.encode()) or traceparent.parsed(f"00-{text}-{'1' * 16}-00".encode())
+    if not trace:
+        raise ValueError(f"{text!r} is no trace: 32 hexadecimal digits in lower case, or a whole traceparent")
+    return traceparent.ids(trace)[0]
 
 
 def _caps(

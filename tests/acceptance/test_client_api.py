@@ -123,6 +123,24 @@ def test_a_partner_s_first_day(shop: Shop) -> None:
     assert {one["api"] for one in found} == {"v3"}
 
 
+async def test_a_sale_is_found_by_its_trace_and_by_the_id_of_its_answer(shop: Shop) -> None:
+    code, key, trace_id = shop.product("TRACED", 5), str(uuid.uuid4()), uuid.uuid4().hex
+    headers = {"authorization": f"Bearer {await shop.token()}", "idempotency-key": key}
+    async with httpx.AsyncClient(trust_env=False, timeout=30, base_url=shop.base_url) as http:
+        for parent in ("00f067aa0ba902b7", "00f067aa0ba902b8"):  # the second is a replay, which is none of its own
+            headers["traceparent"] = f"00-{trace_id}-{parent}-01"
+            answer = await http.post(f"/v3/products/{code}", headers=headers, json={"quantity": 2})
+            assert answer.status_code == 200
+    shop.service.quiet()
+    told = answer.json()
+    for wanted in (("--trace", trace_id), ("--request-id", told["request_id"]), ("--request-id", key)):
+        found = json.loads(shop.service.succeed("ledger", "find", *wanted, "--json"))
+        assert {one["voucher_code"] for one in found} == {one["voucher_code"] for one in told["vouchers"]}, wanted
+        assert {(one["answer_id"], one["trace_id"], one["parent_id"]) for one in found} == {
+            (told["request_id"], trace_id, "00f067aa0ba902b7")
+        }
+
+
 async def test_many_clients_and_mixed_quantities_get_exactly_what_there_is(shop: Shop, rng: random.Random) -> None:
     """Nothing twice, nothing of a quantity that was refused, and in the end what is left is less than was asked for."""
     codes = 600

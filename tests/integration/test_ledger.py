@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -51,8 +52,10 @@ def record(
     )
 
 
-def entry(outbox_seq: int, *records: Record, asides: Sequence[Code] = (), generation: int = 1) -> Entry:
-    return Entry(0, generation, outbox_seq, f"{outbox_seq}-0", records, tuple(asides))
+def entry(
+    outbox_seq: int, *records: Record, asides: Sequence[Code] = (), generation: int = 1, traces: Sequence[str] = ()
+) -> Entry:
+    return Entry(0, generation, outbox_seq, f"{outbox_seq}-0", records, tuple(asides), traces=tuple(traces))
 
 
 async def rows(database: Database, table: Table) -> list[Any]:
@@ -120,6 +123,35 @@ async def test_entries_flushed_twice_leave_one_row_each(database: Database) -> N
         assert await ledger.lacking(conn, 0, 1, (3, 4, 1, 2)) == [4]
         assert await ledger.lacking(conn, 0, 2, (1,)) == [1]
         assert await ledger.lacking(conn, 0, 1, ()) == []
+
+
+TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACE = f"00-{TRACE_ID}-{PARENT_ID}-01"
+
+
+async def test_a_trace_is_found_with_what_it_was_given_and_with_nothing_else(database: Database) -> None:
+    plain = entry(1, record("req-1", code(0)))
+    traced = entry(2, record("req-2", code(1), code(2)), record("req-3", code(3)), traces=(TRACE, ""))
+    assert (await ledger.flush(database, [plain, traced], NOW)).issued == 4
+    async with database.read() as conn:
+        found = await ledger.find(conn, trace_id=TRACE_ID)
+        assert await ledger.find(conn, trace_id="0" * 31 + "1") == []
+        everything = await ledger.find(conn)
+    assert {(one.request_id, one.trace_id, one.parent_id) for one in found} == {("req-2", TRACE_ID, PARENT_ID)}
+    assert len(found) == 2
+    assert [one.trace_id for one in everything if one.request_id != "req-2"] == ["", ""]
+
+
+@pytest.mark.parametrize("first", ["traced", "untraced"])
+async def test_a_worker_that_knows_no_traces_and_one_that_does_may_flush_the_same_entry(
+    database: Database, first: str
+) -> None:
+    untraced = entry(1, record("req-1", code(0)))
+    traced = msgspec.structs.replace(untraced, traces=(TRACE,))
+    before, after = (traced, untraced) if first == "traced" else (untraced, traced)
+    assert await ledger.flush(database, [before], NOW) == Flushed(issued=1)
+    assert await ledger.flush(database, [after], NOW) == Flushed(already=1)
+    assert await count(database, incidents) == 0
 
 
 async def test_a_ledger_that_lacks_what_was_committed_before_takes_nothing(database: Database) -> None:

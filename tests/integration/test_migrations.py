@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, func, select, text
@@ -68,6 +70,38 @@ async def test_migrated_schema_does_not_differ_from_the_code(empty: Database) ->
     }
     assert wanted
     assert wanted <= migrated_checks
+
+
+async def test_data_of_an_older_schema_are_not_lost_and_its_workers_go_on(empty: Database) -> None:
+    """What the version before writes, before the migration and after it, is whole."""
+    await _to(empty, "pre_0005")
+    for seq in (1, 2):
+        async with empty.write() as connection:
+            await connection.execute(text(OLD_REQUEST), {"seq": seq})
+        await migrate(empty)
+    async with empty.read() as connection:
+        requests = (await connection.execute(select(schema.requests).order_by(schema.requests.c.outbox_seq))).all()
+    assert [(row.outbox_seq, row.key, row.answer_id, row.trace_id, row.parent_id) for row in requests] == [
+        (1, "req", None, "", ""), (2, "req", None, "", ""),
+    ]  # fmt: skip
+
+
+OLD_REQUEST = """
+insert into requests (partition, generation, outbox_seq, ordinal, quantity, api, distributor, client, key, payload,
+terminal, campaign, pool, category, product, until, issued_at, flushed_at)
+values (0, 1, :seq, 0, 1, 'v1', 'D', 'D', 'req', 'T', 'T', 'C', 'P', '', 'PAY', 0, 10, 10)
+"""
+
+
+async def _to(database: Database, revision: str) -> None:
+    def upgrade(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", "service.store:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+    async with database.write() as connection:
+        await connection.run_sync(upgrade)
 
 
 async def test_migrating_again_changes_nothing(empty: Database) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, Literal, cast
+from zlib import crc32
 
 import msgspec
 import structlog
@@ -596,7 +597,9 @@ class World:
         rng = self.rng
         terminal = rng.choice(TERMINALS)
         products = tuple(rng.sample(PRODUCTS, rng.choice((1, 2))))
-        return Request("v1", distributor, key, distributor, products, f"{terminal}\t{','.join(products)}")
+        number = crc32(f"{distributor} {key}".encode())
+        trace = f"00-{number:032x}-{'1' * 16}-01" if number % 2 else ""  # so that batches have some, none, or one each
+        return Request("v1", distributor, key, distributor, products, f"{terminal}\t{','.join(products)}", trace=trace)
 
     async def _buy(self, after: float) -> None:
         """One key: asked until there is an answer, and asked again later."""

@@ -416,11 +416,55 @@ async def test_nothing_is_executed_behind_the_last_request_of_a_connection(immed
             assert [one.status for one in answers] == [503 if immediate else 200]
 
 
+TRACES = [f"00-{'ab' * 16}-{number:016x}-01" for number in range(1, 6)]
+TRACED = request("req-2001", f"traceparent: {TRACES[0]}")
+
+
+async def test_a_trace_is_the_one_that_was_sent_whether_its_headers_are_known_or_not() -> None:
+    edge = Edge()
+    for number, trace in enumerate(TRACES):
+        _, [asked] = await edge.say([request(f"req-200{number}", f"traceparent: {trace}")])
+        assert asked.trace == trace
+    assert len(edge.known) == 1, "another trace is no other head"
+    _, [asked] = await edge.say([request("req-2009")])
+    assert asked.trace == ""
+    assert len(edge.known) == 1, "nor is none"
+
+
+UNUSUAL = {
+    "another case": (f"Traceparent: {TRACES[0]}", TRACES[0]),
+    "no space": (f"traceparent:{TRACES[0]}", TRACES[0]),
+    "more space": (f"traceparent:   {TRACES[0]}  ", TRACES[0]),
+    "bad": (f"traceparent: {TRACES[0][:-1]}g", ""),
+    "longer": (f"traceparent: {TRACES[0]}-later", ""),
+    "shorter": ("traceparent: 00", ""),
+    "later version": (f"traceparent: 01{TRACES[0][2:]}", TRACES[0]),
+    "later version, longer": (f"traceparent: 01{TRACES[0][2:]}-x", TRACES[0]),
+    "twice": (f"traceparent: {TRACES[0]}\r\ntraceparent: {TRACES[1]}", ""),
+    "good and bad": (f"traceparent: {TRACES[0]}\r\ntraceparent: bad", ""),
+    "bad and good": (f"traceparent: bad\r\ntraceparent: {TRACES[0]}", ""),
+    "another header's end": (f"X-Note: traceparent: {TRACES[0]}", ""),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+async def test_an_unusual_trace_is_taken_as_the_parser_takes_it(name: str) -> None:
+    line, trace = UNUSUAL[name]
+    edge = Edge()
+    for learnt in ((), LEARNT, (request("req-2000", f"traceparent: {TRACES[4]}"),), (request("req-1", line),)):
+        await edge.learn(learnt)
+        answers, [asked] = await edge.say([request("req-2001", line)])
+        assert (answers[0].status, asked.trace) == (200, trace)
+        heads = [known if isinstance(known, bytes) else known[1] for known in edge.known]
+        assert not any(b"traceparent" in one.lower() for one in heads)
+
+
 FRAGMENTS = st.sampled_from(
     [
         GOOD, OTHER, SPACED, FOREIGN, KEYED, ORDER, order(OTHER_KEY), f"Idempotency-Key: {KEY}\r\n".encode(),
         head(length=len(body())), body(), body("req-9999"), b"\r\n", b"\n", b"\r", b" ",
         b"\r\n\r\n", b"0", b"\x00", b"POST ", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n",
+        TRACED, f"traceparent: {TRACES[0]}\r\n".encode(), b"\r\ntraceparent: ", TRACES[0].encode(),
         b"5\r\nhello\r\n", b"Connection: close\r\n", b"Upgrade: h2c\r\nConnection: upgrade\r\n", b"X: y\r\n",
         b"GET / HTTP/1.1\r\n",
     ]
@@ -430,7 +474,7 @@ FRAGMENTS = st.sampled_from(
 @st.composite
 def _mutated(draw: st.DrawFn) -> bytes:
     """Good requests with some of their bytes changed, dropped, or pushed apart."""
-    whole = [GOOD, OTHER, SPACED, FOREIGN, KEYED, ORDER, order(OTHER_KEY)]
+    whole = [GOOD, OTHER, SPACED, FOREIGN, KEYED, ORDER, order(OTHER_KEY), TRACED]
     stream = draw(st.lists(st.sampled_from(whole), min_size=1, max_size=3).map(b"".join))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(stream)))

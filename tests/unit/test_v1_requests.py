@@ -129,6 +129,25 @@ async def test_request_reaches_the_issuer_as_it_was_asked(call: Call) -> None:
     assert call.issuer.authenticated == 0  # a whole request brings its token along with its batch
 
 
+@pytest.mark.parametrize("plain", [True, False])
+async def test_a_trace_reaches_the_issuer_and_a_bad_one_is_none(call: Call, plain: bool) -> None:
+    """Both ways into the application."""
+    good = "00-" + "ab" * 16 + "-00f067aa0ba902b7-01"
+    if plain:
+        body = json.dumps(ASKED).encode()
+        head = call.app.head(PATH.encode(), dict([JSON_TYPE, AUTHORIZATION, (b"content-length", b"%d" % len(body))]))
+        assert head is not None
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        assert call.app.begin(head, b"", body, answered.set_result, good)
+        assert (await answered).status == 200
+        assert call.issuer.asked[-1].trace == good
+        return
+    for sent, trace in (([good], good), ([good.upper()], ""), ([good, good], ""), (["00-" + good], "")):
+        headers = [JSON_TYPE, AUTHORIZATION, *((b"traceparent", one.encode()) for one in sent)]
+        assert (await call(headers=headers)).status == 200
+        assert call.issuer.asked[-1].trace == trace
+
+
 @pytest.mark.parametrize(
     ("expires_at", "until", "expected"),
     [

@@ -149,6 +149,13 @@ def assert_refused(seen: Seen, name: str) -> None:
 # --- 200 and 207
 
 
+async def test_a_trace_reaches_the_issuer_and_a_bad_one_is_none(call: Call) -> None:
+    good = b"00-" + b"ab" * 16 + b"-00f067aa0ba902b7-01"
+    for sent, trace in (([], ""), ([good], good.decode()), ([b"00-" + good], ""), ([good, good], "")):
+        await call(headers=[*HEADERS, *((b"traceparent", one) for one in sent)])
+        assert call.issuer.asked[-1].trace == trace
+
+
 async def test_voucher_has_the_fields_of_the_contract_in_their_order(call: Call) -> None:
     seen = await call()
     assert seen.status == 200
