@@ -398,9 +398,11 @@ class Issuer:
                     version = -1 if self.catalogue is None else self.catalogue.version
                     async with asyncio.timeout(LEDGER_S):
                         known = await self._replays(version, [(one.credential, one.request) for one in asked])
-                except Exception as error:  # noqa: BLE001 - the boundary of a task: nobody else would answer these
-                    failed = log.warning if isinstance(error, (Fault, TimeoutError)) else log.exception
-                    failed("ledger look-up failed", fault=type(error).__name__)
+                except Exception as error:  # the boundary of a task: nobody else would answer these
+                    if isinstance(error, (Fault, TimeoutError)):
+                        log.warning("ledger look-up failed", fault=type(error).__name__)
+                    else:
+                        log.exception("ledger look-up failed")
                     self._ledger_at = self._clock() + BREAKER_PROBE_S
                     self._answer_all((*asked, *self._away), UNREACHABLE)
                     self._away.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -79,6 +79,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`true`: do not start on dangerous settings of Redis or the store (docs/operations.md)"""
     accept: str = ""
     """checks that need not be passed, by name with commas between them, such as `version,replicas`"""
+    log_format: Literal["json", "console"] = "json"
+    """log lines: `json`, one object each, or `console`, for people"""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """lowest level of log lines that are written: `debug`, `info`, `warning` or `error`"""
 
     @property
     def accepted(self) -> frozenset[str]:

@@ -18,8 +18,8 @@ from service.worker.runner import work as work_until
 
 def work(data_dir: options.DataDir = None) -> None:
     """Run the background worker: refill windows, write the ledger, recover. Several may run on PostgreSQL."""
-    logs.configure()
     settings = options.settings_of(data_dir)
+    logs.configure("work", style=settings.log_format, level=settings.log_level)
     database = Database.connect(settings.store_url)
 
     async def run() -> None:

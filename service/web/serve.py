@@ -70,7 +70,7 @@ async def serve(
     or later if they did not answer then.  Raises Misconfigured besides if a port can't be had, or if a process says,
     before any was ready, that it can't work with these settings.
     """
-    logs.configure()
+    logs.configure("serve", style=settings.log_format, level=settings.log_level)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

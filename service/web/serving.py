@@ -181,10 +181,10 @@ def main(arguments: list[str], build: Build) -> int:
     """Runs the process on the two inherited descriptors; returns its exit status."""
     listening, controlling = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to drain
-    logs.configure()
     collect_rarely()
     control = socket.socket(fileno=controlling)
     settings = msgspec.json.decode(_line(control), type=Settings)
+    logs.configure("serving", style=settings.log_format, level=settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run(socket.socket(fileno=listening), control, settings, build))
 
