@@ -56,6 +56,10 @@ COMMANDS: Final = {
         "service.cli.books:audit",
         "Check that the books balance: no code given twice or lost, no key answered twice, no cap exceeded.",
     ),
+    "audit-log": Listed(
+        "service.cli.audit_log:audit_log",
+        "Show who changed what: each change of the control plane and of stock, the latest first.",
+    ),
     "status": Listed(
         "service.cli.status:status",
         "Show stock, windows, burn rate, time to empty, outbox, fence, incidents, and how long the store may be away.",

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.catalogue import Campaign, Cap, Client, Pool, Product, SigningKey, Snapshot
 from service.domain import BURST_MIN, BURST_S_MAX, RATE_MAX, RateLimit, Terms
 from service.errors import Conflict, NotFound
+from service.logs import without_secrets
 from service.store.database import chunks
 from service.store.schema import (
     assignments,
@@ -172,10 +173,32 @@ async def change_pool(
     await connection.execute(update(pools).where(pools.c.id == id).values(values))
 
 
-async def log(connection: AsyncConnection, *, actor: str, action: str, subject: str, detail: str, now: int) -> None:
-    """The audit log says who did what.  ``detail`` must hold no code and no token."""
-    row = {"at": now, "actor": actor[:128], "action": action, "subject": subject[:128], "detail": detail}
+async def log(
+    connection: AsyncConnection,
+    *,
+    actor: str,
+    action: str,
+    subject: str,
+    detail: str,
+    now: int,
+    version: int | None = None,
+    refused: bool = False,
+) -> None:
+    """The audit log says who did what, and a worker's log will (``worker.changes``): as catalogue ``version`` if it is
+    a change of that, or that it was ``refused``.  ``detail`` must hold no code and no token."""
+    row = {
+        "at": now, "actor": actor[:128], "action": action, "subject": _kept(subject)[:128], "detail": _kept(detail),
+        "version": version, "refused": refused,
+    }  # fmt: skip
     await connection.execute(insert(audit_log), row)
+
+
+def _kept(text: str) -> str:
+    """``text`` as every store takes it, whatever was typed: a token in the place of a name, or what is no text."""
+    return _CONTROL.sub("?", without_secrets(text))
+
+
+_CONTROL: Final = re.compile(r"[\0-\x1f\x7f-\x9f]")
 
 
 # --- versions and snapshots ----------------------------------------------------------------------------------

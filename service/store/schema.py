@@ -22,11 +22,12 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
 # What the migrations lead to, oldest first: a process that only looks need not load alembic.
-REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004", "pre_0005", "pre_0006")
+REVISIONS = ("pre_0001", "pre_0002", "pre_0003", "pre_0004", "pre_0005", "pre_0006", "pre_0007")
 
 metadata = MetaData(
     naming_convention={
@@ -196,6 +197,10 @@ audit_log = Table(
     Column("action", String(64), nullable=False),
     Column("subject", String(128), nullable=False),
     Column("detail", Text, nullable=False),
+    Column("version", BigInteger),  # of the catalogue that it made; null: none
+    Column("refused", Boolean, nullable=False, server_default=false()),  # nothing was changed
+    Column("written_at", BigInteger),  # since when it is in the log of a worker
+    _partial("written_at", "written_at is null"),
 )
 
 # --- stock ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 import msgspec
@@ -14,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys
 from service.catalogue import encode
-from service.errors import RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
+from service.errors import Conflict, NotFound, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
 from service.scripts import Scripts
 from service.store import control
 from service.store.database import Database
@@ -58,23 +60,31 @@ async def change(
 ) -> Published[T]:
     """Makes ``edit`` in one transaction with the next catalogue version, and puts it in force.
 
-    What ``edit`` raises leaves everything as it was.  Raises StoreIsOlder before anything is written.
+    What ``edit`` raises leaves everything as it was, but for a line in the audit log if it is that a rule forbids the
+    change.  Raises StoreIsOlder before anything is written.
     """
     deadline = time.monotonic() + patience.UNREACHED_S
     # What is written to the store before Redis was seen could go into one that came back older.
     while (in_force := await _in_force(scripts)) is None and time.monotonic() < deadline:
         await asyncio.sleep(patience.UNREACHED_POLL_S)
     now = int(time.time())
-    async with database.write() as conn:
-        if in_force is not None:
-            fence, catalogue, shown = in_force
-            if older := await older_catalogue(conn, fence, catalogue) or await lacks_shown(conn, shown):
-                raise StoreIsOlder(older)
-        result = await edit(conn)
-        version = await control.raise_version(conn)
-        blob = encode(await control.snapshot(conn, version))
-        await control.save_snapshot(conn, version, blob, now)
-        await control.log(conn, actor=actor, action=action, subject=subject, detail=detail, now=now)
+    note = partial(control.log, actor=actor, action=action, subject=subject, now=now)
+    try:
+        async with database.write() as conn:
+            if in_force is not None:
+                fence, catalogue, shown = in_force
+                if older := await older_catalogue(conn, fence, catalogue) or await lacks_shown(conn, shown):
+                    raise StoreIsOlder(older)
+            result = await edit(conn)
+            version = await control.raise_version(conn)
+            blob = encode(await control.snapshot(conn, version))
+            await control.save_snapshot(conn, version, blob, now)
+            await note(conn, detail=detail, version=version)
+    except (Conflict, NotFound) as refusal:
+        with contextlib.suppress(StoreUnreachable):  # the refusal is what has to be told
+            async with database.write() as conn:
+                await note(conn, detail=f"{detail}{': ' if detail else ''}{refusal}", refused=True)
+        raise
     unreached = await announce(database, scripts, version, blob)
     while unreached and time.monotonic() < deadline:
         await asyncio.sleep(patience.UNREACHED_POLL_S)

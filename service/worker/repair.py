@@ -204,7 +204,9 @@ async def _commit(conn: AsyncConnection, redis: _Redis, actor: str, now: int) ->
     detail = f"generation {seen.open} was left, catalogue {version}"
     if seen.open:
         await recreation.note_repair(conn, partition, seen.open, f"{REASON}: {detail}", now)
-    await control.log(conn, actor=actor, action="recover-store", subject="store", detail=detail, now=now)
+    await control.log(
+        conn, actor=actor, action="recover-store", subject="store", detail=detail, now=now, version=version
+    )
     return Repair(
         "", knows_until=since, generation=seen.open, in_force=snapshot.version if snapshot is not None else None,
         published=version, moved=moved, differences=found,

@@ -19,6 +19,7 @@ from service.scripts import Scripts
 from service.settings import Settings
 from service.store.database import Database, check_migrated
 from service.vetting import Vetting
+from service.worker.changes import Changes
 from service.worker.flush import BLOCK_MS, ENTRIES_MAX, Flush
 from service.worker.generating import Fill
 from service.worker.publish import republish_once
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 # entry and pauses so that one transaction holds many: a step costs some ten milliseconds whatever it flushes.
 RECOVER_S: Final = 0.1
 PUBLISH_S: Final = 1.0
+CHANGES_S: Final = 1.0
 FLUSH_S: Final = 0.2
 REFILL_S: Final = 0.02
 DEMAND_S: Final = 0.5
@@ -77,6 +79,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
         watch = Watch(
             database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max, patient=patient
         )
+        changes = Changes(database, scripts)
         vetting = Vetting(database, scripts, settings)
         await vetting.run_once()
         refused: list[Misconfigured] = []
@@ -100,6 +103,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
             "refill": _loop("refill", refill_step, REFILL_S, stop),
             "fill": _loop("fill", fill.run_once, FILL_S, stop),
             "publish": _loop("publish", lambda: republish_once(database, scripts), PUBLISH_S, stop),
+            "changes": _loop("changes", changes.run_once, CHANGES_S, stop),
             "clean": _loop("clean", recover.clean_once, CLEAN_S, stop),
             "watch": _loop("watch", watch.run_once, WATCH_S, stop),
             "vet": _loop("vet", vet_step, VET_S, stop, first=False),

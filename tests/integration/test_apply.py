@@ -77,7 +77,8 @@ def as_it_is(found: Snapshot) -> tuple[object, ...]:
 async def logged(stage: Stage) -> list[tuple[str, str, str]]:
     async with stage.database.read() as conn:
         columns = (schema.audit_log.c.action, schema.audit_log.c.subject, schema.audit_log.c.detail)
-        return [tuple(row) for row in await conn.execute(select(*columns).order_by(schema.audit_log.c.id))]
+        made = select(*columns).where(schema.audit_log.c.refused.is_(False)).order_by(schema.audit_log.c.id)
+        return [tuple(row) for row in await conn.execute(made)]
 
 
 def nothing_of(store: OnStage, path: str, says: str) -> None:

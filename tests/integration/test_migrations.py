@@ -78,11 +78,16 @@ async def test_data_of_an_older_schema_are_not_lost_and_its_workers_go_on(empty:
     for seq in (1, 2):
         async with empty.write() as connection:
             await connection.execute(text(OLD_REQUEST), {"seq": seq})
+            await connection.execute(text(OLD_CHANGE), {"at": 10 + seq})
         await migrate(empty)
     async with empty.read() as connection:
         requests = (await connection.execute(select(schema.requests).order_by(schema.requests.c.outbox_seq))).all()
+        log = (await connection.execute(select(schema.audit_log).order_by(schema.audit_log.c.id))).all()
     assert [(row.outbox_seq, row.key, row.answer_id, row.trace_id, row.parent_id) for row in requests] == [
         (1, "req", None, "", ""), (2, "req", None, "", ""),
+    ]  # fmt: skip
+    assert [(row.at, row.version, row.refused, row.written_at) for row in log] == [
+        (11, None, False, 11), (12, None, False, None),
     ]  # fmt: skip
 
 
@@ -91,6 +96,7 @@ insert into requests (partition, generation, outbox_seq, ordinal, quantity, api,
 terminal, campaign, pool, category, product, until, issued_at, flushed_at)
 values (0, 1, :seq, 0, 1, 'v1', 'D', 'D', 'req', 'T', 'T', 'C', 'P', '', 'PAY', 0, 10, 10)
 """
+OLD_CHANGE = "insert into audit_log (at, actor, action, subject, detail) values (:at, 'a', 'campaign pause', 'C', '')"
 
 
 async def _to(database: Database, revision: str) -> None:

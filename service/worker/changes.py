@@ -1,0 +1,67 @@
+"""Changes into the log: one line for each row of the audit log, whoever made it and wherever it was typed.
+
+A command has no log of its own, and a change is made once it is committed: so the worker writes the line, from the row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from service.domain import instant
+from service.errors import RedisUnreachable
+from service.scripts import Scripts
+from service.store import audit_log
+from service.store.database import Database
+
+log = structlog.get_logger()
+
+# Lines of one step; a change of many things is one change, so there are never many.
+LINES_MAX: Final = 100
+
+
+class Changes:
+    """Writes the lines of one store."""
+
+    def __init__(
+        self, database: Database, scripts: Scripts, *, now: Callable[[], int] = lambda: int(time.time())
+    ) -> None:
+        self._database = database
+        self._scripts = scripts
+        self._now = now
+
+    async def run_once(self) -> bool:
+        """Up to LINES_MAX changes that were in no log are in this one; whether there may be more.
+
+        Several workers share them.  A worker that dies in between has written lines that another writes again: none is
+        lost.  Raises StoreUnreachable.
+        """
+        async with self._database.read() as conn:
+            if not await audit_log.unwritten(conn, 1):
+                return False  # so nobody takes the write lock of SQLite for nothing
+        fence = await self._fence()
+        async with self._database.write() as conn:
+            some = await audit_log.unwritten(conn, LINES_MAX, locked=True)
+            for one in some:
+                log.info(
+                    "change",
+                    made_at=instant(one.at),
+                    actor=one.actor,
+                    action=one.action,
+                    subject=one.subject,
+                    detail=one.detail,
+                    catalogue=one.version,
+                    outcome=one.outcome(fence),
+                    entry=one.id,
+                )
+            await audit_log.mark_written(conn, [one.id for one in some], self._now())
+        return len(some) == LINES_MAX
+
+    async def _fence(self) -> int | None:
+        try:
+            return (await self._scripts.generation()).fence
+        except RedisUnreachable:
+            return None
