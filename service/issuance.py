@@ -16,12 +16,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 import structlog
 
-from service import metrics
+from service import metrics, traceparent
 from service.admission import Admission
 from service.catalogue import Catalogue, Route, period_bounds
 from service.domain import (
@@ -521,7 +521,7 @@ class Issuer:
         try:
             asking.answered(outcome)
         except Exception:  # a defect at one end must not cost the others of the batch their answers
-            log.exception("answer not delivered")
+            log.exception("answer not delivered", **asking.named)
 
     def _answer_all(self, batch: Iterable[_Asking], outcome: Outcome) -> None:
         for asking in batch:
@@ -567,6 +567,7 @@ class _Check(msgspec.Struct, eq=False):
     answered: Callable[[Any], None]
     deadline: float
     done: bool = False
+    named: ClassVar[dict[str, str]] = {}  # it is no request
 
     @property
     def overdue(self) -> Busy:
@@ -585,6 +586,12 @@ class _Waiting(Routed, eq=False, kw_only=True):
     done: bool = False
     looked_up_in: int = -1  # the generation that was open when the ledger was found not to know the key
     refill_pause_s: float = REFILL_RETRY_S_MIN
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What a line of the log says it is."""
+        trace_id, parent_id = traceparent.ids(self.request.trace)
+        return {"request_id": self.request.key, "trace_id": trace_id, "parent_id": parent_id}
 
     @property
     def overdue(self) -> Busy:

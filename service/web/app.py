@@ -23,7 +23,9 @@ from service.domain import Outcome
 from service.domain import Request as Asked
 from service.web.defects import note_defect, problems_only
 from service.web.exchange import Head, PlainApi
+from service.web.incoming import trace_of
 from service.web.problems import Answer
+from service.web.refusals import OF_NOTE, Refusals
 from service.web.v1 import PATH, Issuing, VoucherRequests
 from service.web.v3 import PREFIX, ClientApi
 
@@ -43,9 +45,10 @@ class App:
 
     def __init__(self, issuer: Issuing, client_api: ClientApi | None = None, routes: Sequence[BaseRoute] = ()) -> None:
         self._tallies = {"v1": metrics.Tally("v1"), "v3": metrics.Tally("v3")}
+        self._refusals = Refusals()
         self._issuer = issuer
-        self._vouchers = VoucherRequests(issuer)
-        self._client_api = client_api
+        self._vouchers: Api = VoucherRequests(issuer)
+        self._client_api: Api | None = client_api
         self._others = problems_only(Starlette(routes=routes, lifespan=self._lifespan))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,10 +67,12 @@ class App:
         except asyncio.CancelledError:  # the drain took too long; whether a voucher was issued is not known
             answer = api.refused("draining")
         except Exception as fault:  # noqa: BLE001 - a defect, and the client has to be told in the contract's form
-            note_defect(fault, scope["path"])
             answer = api.refused("internal")
+            note_defect(fault, scope["path"], request_id=answer.request_id, trace=_trace_of(scope))
         if answer is None:
             return
+        if answer.code in OF_NOTE:
+            self._refusals.note(api.name, answer, _trace_of(scope))
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body})
         self._count(api, answer, began)
@@ -98,13 +103,15 @@ class App:
         """Answers a request for vouchers that came whole, by calling ``answered`` once.  False: it is not a plain one
         (or not one at all), nothing was done, and ``__call__`` answers it."""
         began = perf_counter()
+        request_id = ""
         try:
             if (asked := head.api.plain(head, key, body, trace)) is None:
                 return False
             credential, request = asked
+            request_id = request.key
             self._issuer.submit(credential, request, partial(self._settle, answered, head.api, request, key, began))
         except Exception as fault:  # noqa: BLE001 - as above
-            note_defect(fault, head.api.name)
+            note_defect(fault, head.api.name, request_id=request_id, trace=trace)
             self._tell(answered, head.api, head.api.refused("internal"), began)
         return True
 
@@ -115,8 +122,10 @@ class App:
         try:
             answer = api.told(outcome, request, key)
         except Exception as fault:  # noqa: BLE001 - as above
-            note_defect(fault, api.name)
+            note_defect(fault, api.name, request_id=request.key, trace=request.trace)
             answer = api.refused("internal")
+        if answer.code in OF_NOTE:
+            self._refusals.note(api.name, answer, request.trace)
         self._tell(answered, api, answer, began)
 
     def _tell(self, answered: Callable[[Answer], None], api: PlainApi, answer: Answer, began: float) -> None:
@@ -134,6 +143,10 @@ class App:
         yield
         await self._issuer.drain()
         self.flush_tallies()
+
+
+def _trace_of(scope: Scope) -> str:
+    return trace_of(dict(scope["headers"]), scope["headers"])
 
 
 _VOUCHER_PATH: Final = PATH.encode()

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import metrics
+from service import metrics, traceparent
 from service.logs import where
 from service.web.problems import Answer, method_not_allowed, problem
 
@@ -33,10 +33,13 @@ def problems_only(starlette: Starlette) -> ASGIApp:
     return app
 
 
-def note_defect(fault: Exception, path: str) -> None:
-    """The log says what and where it was, without the text of it; so does a metric that it was."""
+def note_defect(fault: Exception, path: str, *, request_id: str = "", trace: str = "") -> None:
+    """The log says what and where it was, without the text of it, and of which request; a metric says that it was."""
     metrics.defects.inc()
-    structlog.get_logger(__name__).error("defect", path=path, **where(fault))
+    trace_id, parent_id = traceparent.ids(trace)
+    structlog.get_logger(__name__).error(
+        "defect", path=path, request_id=request_id, trace_id=trace_id, parent_id=parent_id, **where(fault)
+    )
 
 
 def response(answer: Answer) -> Response:

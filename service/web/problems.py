@@ -19,7 +19,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
     """One whole HTTP answer.  ``code`` is what it is counted as: an error's code, ``issued`` or ``replayed``; and of
-    whom, where it is confirmed that the ``distributor`` asked: a ``campaign`` issued or was considered first."""
+    whom, where it is confirmed that the ``distributor`` asked: a ``campaign`` issued or was considered first.
+    ``request_id`` is that of a refusal, where it is known."""
 
     status: int
     headers: Headers
@@ -27,6 +28,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     code: str
     distributor: str = ""
     campaign: str = ""
+    request_id: str = ""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -173,7 +175,7 @@ def problem(
         *headers,
         *retry_after,
     )
-    return Answer(row.status, sent, body, code, distributor, campaign)
+    return Answer(row.status, sent, body, code, distributor, campaign, request_id or "")
 
 
 def method_not_allowed(allow: str, request_id: str | None = None) -> Answer:

@@ -152,4 +152,4 @@ def refusal(
     body = msgspec.json.encode({"request_id": request_id, "error": error_body(name, details)})
     retry_after = ((b"retry-after", b"%d" % retry_after_s),) if row.retryable else ()
     sent = (JSON, (b"content-length", b"%d" % len(body)), *row.headers, *headers, *retry_after)
-    return Answer(row.status, sent, body, row.code, distributor, campaign)
+    return Answer(row.status, sent, body, row.code, distributor, campaign, request_id)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -138,16 +138,16 @@ class Service:
         )  # fmt: skip
 
     async def ask(
-        self, client: httpx.AsyncClient, key: str, *, token: str = "", distributor: str = "", terminal: str = "T-1"
-    ) -> httpx.Response:
+        self, client: httpx.AsyncClient, key: str, *, token: str = "", distributor: str = "", terminal: str = "T-1",
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:  # fmt: skip
         body = {
             "request_id": key, "distributor_id": distributor or self.distributor, "terminal_id": terminal,
             "product_ids": [self.product],
         }  # fmt: skip
         async with self.at_once:
-            return await client.post(
-                "/api/v1/voucher/request", headers={"Authorization": f"Bearer {token or self.token}"}, json=body
-            )
+            sent = {"Authorization": f"Bearer {token or self.token}", **(headers or {})}
+            return await client.post("/api/v1/voucher/request", headers=sent, json=body)
 
     async def voucher(self, client: httpx.AsyncClient, key: str, **who: str) -> httpx.Response:
         """Retries 503 with the same key, as partners do."""

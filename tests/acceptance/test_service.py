@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from service.store import campaigns, control, ledger
 from service.worker.generating import AHEAD_CODES
 from service.worker.publish import change
 from tests.acceptance.service import Service
+from tests.acceptance.test_up import until
 
 SOON_S = 1.0  # "503 within a second"
 
@@ -56,6 +58,41 @@ async def test_the_same_request_gets_the_same_bytes_after_everything_was_killed(
     service.quiet()
     assert json.loads(service.succeed("audit", "--json"))["findings"] == []
     service.stop()
+
+
+@only_sqlite
+async def test_a_request_is_followed_from_the_log_into_the_ledger_and_a_change_into_the_log(service: Service) -> None:
+    await service.furnish(20)
+    trace_id = uuid.uuid4().hex
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+    async with service.client() as client:
+        for number in range(3):  # the headers of the first are learnt, those of the others are known
+            given = await service.ask(client, f"req-{number}", headers=headers)
+            assert given.status_code == 200
+        refused = await service.ask(client, "req-0", terminal="T-2", headers=headers)
+        assert refused.status_code == 422
+    service.quiet()
+    found = json.loads(service.succeed("ledger", "find", "--trace", headers["traceparent"], "--json"))
+    assert {(row["request_id"], row["parent_id"]) for row in found} == {
+        (f"req-{number}", "00f067aa0ba902b7") for number in range(3)
+    }
+    service.succeed("campaign", "pause", service.campaign)
+
+    def lines(event: str) -> list[Any]:
+        parsed = [json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in parsed if line["event"] == event]
+
+    [line] = [one for one in lines("refused") if one["trace_id"] == trace_id]
+    assert (line["code"], line["request_id"], line["process"]) == ("key_reused", "req-0", "serving")
+
+    def paused() -> list[Any]:
+        return [
+            one for one in lines("change") if (one["action"], one["subject"]) == ("campaign pause", service.campaign)
+        ]
+
+    until(paused, "a line of the change")
+    [line] = paused()
+    assert (line["outcome"], line["process"]) == ("done", "work")
 
 
 @only_sqlite

@@ -157,7 +157,7 @@ def events(path: Path) -> Iterator[tuple[str, set[str], set[str]]]:
 
 
 # Fields that a call is given by name, together.
-EXPANDED: dict[str, set[str]] = {}
+EXPANDED = {"asking.named": {"request_id", "trace_id", "parent_id"}}
 
 
 def is_log(value: ast.expr) -> bool:
