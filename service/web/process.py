@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import structlog
+from redis.asyncio import Redis
 
 from service import keyring
 from service.errors import StoreUnreachable
@@ -38,11 +40,20 @@ from service.web.v3_retrieval import OwnVouchers
 async def build(settings: Settings) -> AsyncIterator[App]:
     """The application over real servers, neither of which has to answer now; connections are closed at the end.
 
-    Raises Misconfigured if a URL is unusable, the store's schema is not one for this version, or the secrets file that
-    the settings name can't be used.
+    Raises Misconfigured if a URL is unusable, the store's schema is not one for this version, the secrets file that
+    the settings name can't be used, or they ask for OpenTelemetry and it is not installed.
     """
     secrets = keyring.named(settings.secrets_file)
     async with contextlib.AsyncExitStack() as closing:
+        make_app: Callable[..., App] = App
+        make_scripts: Callable[[Redis], Scripts] = Scripts
+        if settings.otel:
+            from service.tracing import Tracing  # an extra, which costs a second of imports besides
+            from service.web.traced import TracedApp, TracedScripts
+
+            tracing = Tracing.configured("serve")
+            closing.push_async_callback(tracing.close)
+            make_app, make_scripts = partial(TracedApp, tracing), partial(TracedScripts, tracing)
         database = Database.connect(settings.store_url)
         closing.push_async_callback(database.close)
         redis = connect(settings.redis_url, timeout_ms=settings.redis_timeout_ms)
@@ -58,7 +69,7 @@ async def build(settings: Settings) -> AsyncIterator[App]:
         answers = Answers(database)
         preload = Preload(database, Scripts(redis), lambda catalogue: issuer.adopt(catalogue), in_use)
         issuer = Issuer(
-            Scripts(redis),
+            make_scripts(redis),
             preload.load,
             answers.known,
             answers.replays,
@@ -72,9 +83,9 @@ async def build(settings: Settings) -> AsyncIterator[App]:
         preloading = asyncio.create_task(preload.run())
         try:
             if secrets is None:
-                yield App(issuer, routes=documents(client_api=False, scope_prefix=""))
+                yield make_app(issuer, routes=documents(client_api=False, scope_prefix=""))
             else:
-                yield _with_client_api(settings, secrets, issuer, database, Scripts(redis))
+                yield _with_client_api(make_app, settings, secrets, issuer, database, Scripts(redis))
         finally:
             preload.stop()
             preloading.cancel()
@@ -82,14 +93,21 @@ async def build(settings: Settings) -> AsyncIterator[App]:
             await preload.close()
 
 
-def _with_client_api(settings: Settings, secrets: Keyring, issuer: Issuer, database: Database, scripts: Scripts) -> App:
+def _with_client_api(
+    make_app: Callable[..., App],
+    settings: Settings,
+    secrets: Keyring,
+    issuer: Issuer,
+    database: Database,
+    scripts: Scripts,
+) -> App:
     tokens = AccessTokens(
         issuer, secrets, name=settings.issuer, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix
     )
     endpoint = TokenEndpoint(issuer, tokens, lifetime_s=settings.token_lifetime_s, scope_prefix=settings.scope_prefix)
     catalogue = ProductCatalogue(issuer, Stock(database, scripts, deadline_s=settings.deadline_ms / 1000).left)
     own = OwnVouchers(LedgerReading(database, scripts, deadline_s=settings.deadline_ms / 1000))
-    return App(
+    return make_app(
         issuer,
         ClientApi(issuer, tokens, catalogue, own, secrets.ids),
         [*endpoint.routes(), *documents(client_api=True, scope_prefix=settings.scope_prefix)],

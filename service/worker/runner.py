@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import structlog
@@ -55,9 +57,22 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
     """Works until ``stop`` is set; then what is in the outbox is flushed, as far as store and Redis answer.
 
     With the store or Redis away it keeps trying.  Raises Misconfigured if the schema is not this version's, if there is
-    no usable secrets file where the settings name one, or in production mode if a server is not as it must be: at
-    once, or when both servers have answered.
+    no usable secrets file where the settings name one, if they ask for OpenTelemetry and it is not installed, or in
+    production mode if a server is not as it must be: at once, or when both servers have answered.
     """
+    async with contextlib.AsyncExitStack() as closing:
+        make_flush: Callable[..., Flush] = Flush
+        if settings.otel:
+            from service.tracing import Tracing  # an extra, which costs a second of imports besides
+            from service.worker.traced import TracedFlush
+
+            tracing = Tracing.configured("work")
+            closing.push_async_callback(tracing.close)
+            make_flush = partial(TracedFlush, tracing)
+        await _work(settings, stop, make_flush)
+
+
+async def _work(settings: Settings, stop: asyncio.Event, make_flush: Callable[..., Flush]) -> None:
     secrets = keyring.named(settings.secrets_file)
     database = Database.connect(settings.store_url)
     patient = Database.connect(settings.store_url, statement_s=RECOVERY_STATEMENT_S)
@@ -65,7 +80,7 @@ async def work(settings: Settings, stop: asyncio.Event) -> None:
     try:
         await check_migrated(database)
         scripts = Scripts(redis)
-        flush = Flush(
+        flush = make_flush(
             database, scripts, consumer=f"{socket.gethostname()}-{os.getpid()}",
             retention_s=settings.replay_retention_s, ids=NO_KEYS if secrets is None else secrets.ids,
         )  # fmt: skip
