@@ -103,8 +103,12 @@ def load(path: Path) -> Keyring:
 
 
 def named(path: str) -> Keyring | None:
-    """The key ring in the file at ``path``, None if none is named: such an installation has no Client API v3."""
-    return load(Path(path)) if path else None
+    """The key ring in the file that the settings name, None if they name none: such an installation has no Client API
+    v3.  Raises Misconfigured."""
+    try:
+        return load(Path(path)) if path else None
+    except Misconfigured as fault:
+        raise Misconfigured(f"VOUCHERD_SECRETS_FILE: {fault}") from None
 
 
 def new() -> str:

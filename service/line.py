@@ -1,6 +1,7 @@
 """How this process reaches Redis: redis-py, and past it one connection for script calls that costs less.
 
-redis-py opens the connection, authenticates on it and selects the database, so every URL that it takes works.  What it
+redis-py opens the connection (with TLS, if the URL says so), authenticates on it and selects the database, so every URL
+that it takes works.  What it
 does for each command after that (timeouts made of tasks, checks of the connection, arguments encoded and written one
 by one) costs more than the batch that it carries, so a script call goes out as one piece, and what comes back is
 read by the same parser in the transport's own callback.
@@ -25,6 +26,8 @@ from service.errors import Misconfigured
 CONNECTIONS_MAX: Final = 8
 CONNECT_TIMEOUT_S: Final = 0.5
 
+_EXAMPLE: Final = "redis://user:password@host:6379/0, or rediss:// for TLS"
+
 
 def connect(url: str, *, timeout_ms: int) -> Redis:
     """A client that never retries by itself and never waits without a bound.
@@ -45,9 +48,10 @@ def connect(url: str, *, timeout_ms: int) -> Redis:
             encoding_errors="surrogateescape",  # a foreign entry that is not UTF-8 gets parked, it raises nowhere
             protocol=2,
             health_check_interval=0,
+            driver_info=None,  # CLIENT SETINFO would be a right more, which Redis before 7.2 does not know
         )
-    except ValueError as error:
-        raise Misconfigured(f"VOUCHERD_REDIS_URL: {error}") from None
+    except ValueError:  # whose text may quote the password
+        raise Misconfigured("VOUCHERD_REDIS_URL can't be read: it has to look like " + _EXAMPLE) from None
     return _Client.from_pool(pool)
 
 

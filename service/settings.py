@@ -1,15 +1,19 @@
 """Settings: the only reader of the environment.
 
-Every setting is a field below; its variable is ``VOUCHERD_<FIELD>``.  Bounds are checked at boot, and the
-variable that is wrong is named.  The README's table is compared with this file by a test.
+Every setting is a field below; its variable is ``VOUCHERD_<FIELD>``.  One that holds a secret may be in a file instead,
+which ``VOUCHERD_<FIELD>_FILE`` names.  All of them are checked at boot: what is wrong is one line that names the
+variable, what is the matter with its value, and one that would do; a secret is never in it.  The README's table is
+compared with this file by a test.
 """
 
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -26,6 +30,13 @@ TOKEN_LIFETIME_S_MAX = 86_400
 # alone.
 ENTRY_BYTES = 1_024
 
+# What a password is in.
+SECRETS: Final = ("redis_url", "redis_password", "store_url", "store_password")
+SECRET_BYTES_MAX: Final = 4_096  # of a file with one; more is another file than was meant
+
+# The servers that have a URL, and what it calls the file with the authorities that their certificates are checked by.
+_AUTHORITY_IN_URL: Final = {"redis": "ssl_ca_certs", "store": "sslrootcert"}
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
@@ -35,12 +46,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     """Redis >= 7.0 or Valkey >= 8, `rediss://` for TLS"""
+    redis_password: str = ""
+    """password that belongs into that URL"""
+    redis_ca_file: str = ""
+    """certificates (PEM) of who may sign for Redis, for `rediss://`; without it the system's"""
     store_url: str = "sqlite+aiosqlite:///var/voucherd.db"
     """durable store: `sqlite+aiosqlite:///file` or `postgresql+asyncpg://…`"""
+    store_password: str = ""
+    """password that belongs into that URL"""
+    store_ca_file: str = ""
+    """certificates (PEM) of who may sign for PostgreSQL; with it there is no connection without TLS"""
     host: str = "127.0.0.1"
     """address of the public API"""
     port: Port = 8080
     """port of the public API, 0 picks a free one"""
+    tls_cert_file: str = ""
+    """certificate chain (PEM) of the public API, which is HTTPS then; without it a proxy in front has to do that"""
+    tls_key_file: str = ""
+    """private key (PEM, without a passphrase) of that certificate"""
     ops_host: str = "127.0.0.1"
     """address of metrics and health"""
     ops_port: Port = 8081
@@ -53,7 +76,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`iss` of access tokens; the same for all processes"""
     token_lifetime_s: Annotated[int, msgspec.Meta(ge=60, le=TOKEN_LIFETIME_S_MAX)] = 3_600
     """seconds that an access token of Client API v3 is good for"""
-    scope_prefix: Annotated[str, msgspec.Meta(pattern=r"\A([A-Za-z0-9._-]{1,64}/)?\Z")] = ""
+    scope_prefix: Annotated[
+        str, msgspec.Meta(pattern=r"\A([A-Za-z0-9._-]{1,64}/)?\Z", examples=["client_v3_demo/"])
+    ] = ""
     """what scopes begin with, such as `client_v3_demo/`"""
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """processes that serve the public API"""
@@ -109,50 +134,207 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return max(20, self.planned_rate * self.store_outage_s)
 
     def checked(self) -> Settings:
-        """These settings, if they agree with each other.  Raises Misconfigured, naming the variable."""
+        """These settings, if they agree with each other and the files that they name can be used; passwords and
+        authorities are in the URLs then, and nowhere else.  Raises Misconfigured."""
+        _check_redis_url(self.redis_url)
         if self.redis_timeout_ms >= self.deadline_ms:
-            raise Misconfigured(f"{PREFIX}REDIS_TIMEOUT_MS must be below {PREFIX}DEADLINE_MS ({self.deadline_ms})")
+            raise _wrong(
+                "redis_timeout_ms", self.redis_timeout_ms,
+                f"must be below {PREFIX}DEADLINE_MS ({self.deadline_ms})", self.deadline_ms // 2,
+            )  # fmt: skip
         if 0 < self.outbox_bytes < (needed := ENTRY_BYTES * self.planned_rate * self.store_outage_s):
-            raise Misconfigured(
-                f"{PREFIX}OUTBOX_BYTES must be 0 or at least {needed:,}: {ENTRY_BYTES:,} for each voucher of "
-                f"{PREFIX}STORE_OUTAGE_S ({self.store_outage_s}) at {PREFIX}PLANNED_RATE ({self.planned_rate})"
-            )
+            raise _wrong(
+                "outbox_bytes", self.outbox_bytes,
+                f"must be 0 or at least {needed:,}: {ENTRY_BYTES:,} for each voucher of "
+                f"{PREFIX}STORE_OUTAGE_S ({self.store_outage_s}) at {PREFIX}PLANNED_RATE ({self.planned_rate})", needed,
+            )  # fmt: skip
         if unknown := unknown_names(self.accepted):
-            raise Misconfigured(
-                f"{PREFIX}ACCEPT names no check by {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}"
-            )
+            raise _wrong(
+                "accept", self.accept,
+                f"no check is called {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}", "version,replicas",
+            )  # fmt: skip
         if self.replay_retention_s < 2 * self.store_outage_s:
-            raise Misconfigured(
-                f"{PREFIX}REPLAY_RETENTION_S must be at least twice {PREFIX}STORE_OUTAGE_S ({self.store_outage_s}): "
-                "a replay record has to outlive its outbox entry"
-            )
-        return self
+            raise _wrong(
+                "replay_retention_s", self.replay_retention_s,
+                f"must be at least twice {PREFIX}STORE_OUTAGE_S ({self.store_outage_s}): "
+                "a replay record has to outlive its outbox entry", 2 * self.store_outage_s,
+            )  # fmt: skip
+        _check_certificate(self.tls_cert_file, self.tls_key_file)
+        return msgspec.structs.replace(
+            self,
+            redis_url=_whole_url("redis", self.redis_url, self.redis_password, self.redis_ca_file),
+            redis_password="",
+            redis_ca_file="",
+            store_url=_whole_url("store", self.store_url, self.store_password, self.store_ca_file),
+            store_password="",
+            store_ca_file="",
+        )
+
+
+_FIELDS: Final = {field.name: field for field in msgspec.structs.fields(Settings)}
 
 
 def load(environment: Mapping[str, str] | None = None, **overrides: object) -> Settings:
     """Settings from ``environment`` (the process's own if None), with ``overrides`` (None: not given) on top.
 
-    Raises Misconfigured with one line that names the variable: unknown ``VOUCHERD_…`` names are refused too,
+    An override of a URL says all about that server: a password or an authority of the environment belongs to another
+    one.  Raises Misconfigured with one line that names the variable: unknown ``VOUCHERD_…`` names are refused too,
     so that a misspelt one is not silently ignored.
     """
-    environment = os.environ if environment is None else environment
-    fields = {field.name: field for field in msgspec.structs.fields(Settings)}
+    values = _read(os.environ if environment is None else environment)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for server in _AUTHORITY_IN_URL:
+        if f"{server}_url" in given:
+            values.pop(f"{server}_password", None)
+            values.pop(f"{server}_ca_file", None)
+    try:
+        return msgspec.convert({**values, **given}, Settings).checked()
+    except msgspec.ValidationError as error:
+        raise Misconfigured(str(error)) from None
+
+
+def _read(environment: Mapping[str, str]) -> dict[str, object]:
+    """What the variables say, each by itself."""
     values: dict[str, object] = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX):
             continue
         name = variable.removeprefix(PREFIX).lower()
-        if name not in fields:
-            raise Misconfigured(f"{variable} is not a setting of voucherd; see `voucherd --help` and the README")
+        if (held := name.removesuffix("_file")) in SECRETS and held != name:
+            name = held
+            if _variable(name) in environment:
+                raise Misconfigured(f"{variable} and {_variable(name)} are both set: which of them is meant?")
+            text = _secret_in(variable, text)
+        if name not in _FIELDS:
+            raise Misconfigured(f"{variable} is not a setting of voucherd{_meant(name)}; the README lists them")
         try:
-            values[name] = msgspec.convert(text, fields[name].type, strict=False)
+            values[name] = msgspec.convert(text, _FIELDS[name].type, strict=False)
         except msgspec.ValidationError as error:
-            raise Misconfigured(f"{variable}={text!r}: {error}") from None
-    values.update({name: value for name, value in overrides.items() if value is not None})
+            raise _wrong(name, text, str(error), _example(name)) from None
+    return values
+
+
+def _variable(name: str) -> str:
+    return f"{PREFIX}{name.upper()}"
+
+
+def _meant(name: str) -> str:
+    """What somebody who typed ``name`` may have meant, in words."""
+    from difflib import get_close_matches  # of no use to who types well
+
+    close = get_close_matches(name, [*_FIELDS, *(f"{secret}_file" for secret in SECRETS)], n=1)
+    return f": is {_variable(close[0])} meant?" if close else ""
+
+
+def _example(name: str) -> object:
+    """A value that would do."""
+    examples = [one for meta in get_args(_FIELDS[name].type) for one in getattr(meta, "examples", None) or ()]
+    return examples[0] if examples else _FIELDS[name].default
+
+
+def _wrong(name: str, value: object, problem: str, example: object) -> Misconfigured:
+    """``name`` can't have this ``value``; a secret one is not told."""
+    said = "" if name in SECRETS else f"={value!r}"
+    if isinstance(example, bool):
+        example = str(example).lower()
+    return Misconfigured(f"{_variable(name)}{said}: {problem}; for example {_variable(name)}={example}")
+
+
+def _secret_in(variable: str, path: str) -> str:
+    """The secret in the file at ``path``, without the end of its line.  Raises Misconfigured."""
+    example = f"for example {variable}=/run/secrets/{variable.removeprefix(PREFIX).removesuffix('_FILE').lower()}"
     try:
-        return msgspec.convert(values, Settings).checked()
-    except msgspec.ValidationError as error:
-        raise Misconfigured(str(error)) from None
+        with Path(path).open("rb") as file:
+            held = file.read(SECRET_BYTES_MAX + 1)
+        text = held.decode().removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise Misconfigured(f"{variable}={path!r} can't be read: {error.strerror}; {example}") from None
+    except UnicodeDecodeError:
+        raise Misconfigured(f"{variable}={path!r} holds no text in UTF-8; {example}") from None
+    if len(held) > SECRET_BYTES_MAX or not text or not text.isprintable():
+        raise Misconfigured(f"{variable}={path!r} does not hold one line with a secret; {example}")
+    return text
+
+
+# --- the two servers
+
+_ENCODED: Final = "in a password write %40 for @, %3A for :, %2F for /, %23 for #, %3F for ?, %25 for %"
+
+
+def _check_redis_url(url: str) -> None:
+    """Raises Misconfigured for what redis-py would take for another server, or for the same one's database 0."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme == "unix" or (
+            parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+            and (parts.path in ("", "/") or parts.path[1:].isdecimal())
+        )  # fmt: skip
+    except ValueError:
+        fits = False
+    if not fits:
+        raise _wrong("redis_url", url, f"is no URL of a Redis ({_ENCODED})", "rediss://voucherd:password@host:6379/0")
+
+
+def _whole_url(server: str, url: str, password: str, authority: str) -> str:
+    """``url`` with the password and the authority that were given apart from it.  Raises Misconfigured."""
+    if not password and not authority:
+        return url
+    try:
+        parts = urlsplit(url)
+        reached = bool(parts.hostname)
+    except ValueError:
+        reached = False
+    of = f"{_variable(server)}_URL"
+    if not reached:
+        name = f"{server}_password" if password else f"{server}_ca_file"
+        raise Misconfigured(f"{_variable(name)} is set, and {of} names no server that it could be for")
+    if password:
+        who, _, where = parts.netloc.rpartition("@")
+        if parts.password is not None:
+            raise Misconfigured(f"{_variable(server)}_PASSWORD is set, and {of} has a password too: keep one of them")
+        parts = parts._replace(netloc=f"{who}:{quote(password, safe='')}@{where}")
+    if authority:
+        name = f"{server}_ca_file"
+        if parts.scheme == "redis":
+            raise Misconfigured(
+                f"{_variable(name)} is set, and {of} asks for no TLS; for example {of}=rediss://voucherd@host:6379/0"
+            )
+        _check_authority(name, authority)
+        query = f"{_AUTHORITY_IN_URL[server]}={quote(authority)}"
+        parts = parts._replace(query=f"{parts.query}&{query}" if parts.query else query)
+    return parts.geturl()
+
+
+# --- files of certificates
+
+
+def _check_authority(name: str, path: str) -> None:
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError:
+        raise _wrong(name, path, "holds no certificate in PEM", "/etc/voucherd/ca.pem") from None
+    except OSError as error:
+        raise _wrong(name, path, f"can't be read: {error.strerror}", "/etc/voucherd/ca.pem") from None
+
+
+def _check_certificate(certificate: str, key: str) -> None:
+    """Raises Misconfigured unless there is neither, or a certificate and its key."""
+    if not certificate and not key:
+        return
+    for name, path in (("tls_cert_file", certificate), ("tls_key_file", key)):
+        example = f"/etc/voucherd/{name.removesuffix('_file')}.pem"
+        if not path:
+            raise _wrong(name, path, "a certificate and its key are needed, or neither", example)
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise _wrong(name, path, f"can't be read: {error.strerror}", example) from None
+    try:
+        # Without a word for the passphrase OpenSSL would ask whoever started this process.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "-")
+    except ssl.SSLError as error:
+        what = f"is not the key of {_variable('tls_cert_file')}, or one of them is no PEM ({error.reason})"
+        raise _wrong("tls_key_file", key, what, "/etc/voucherd/tls_key.pem") from None
 
 
 _WRITTEN = ("redis_url", "store_url", "planned_rate", "secrets_file")

@@ -31,13 +31,14 @@ def serve(
     """Serve the API, and metrics and health on the ops port, until SIGTERM or Ctrl-C; then drain and end."""
     settings = options.settings_of(data_dir, port=port, ops_port=ops_port, workers=workers)
     vetted = partial(until_vetted, settings)
-    raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=_announce, vetted=vetted)))
+
+    def announce(at: Addresses) -> None:
+        public = _shown(at.public, "https" if settings.tls_cert_file else "http")
+        say(f"serving the API on {public}, metrics and health on {_shown(at.ops, 'http')}")
+
+    raise typer.Exit(asyncio.run(serve_until_stopped(settings, announce=announce, vetted=vetted)))
 
 
-def _announce(at: Addresses) -> None:
-    say(f"serving the API on {_shown(at.public)}, metrics and health on {_shown(at.ops)}")
-
-
-def _shown(address: tuple[str, int]) -> str:
+def _shown(address: tuple[str, int], scheme: str) -> str:
     host, port = address
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

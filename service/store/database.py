@@ -7,6 +7,7 @@ commits are durable before they return, no wait is unbounded, and no error messa
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -88,16 +89,21 @@ class Database:
     def connect(cls, url: str, *, statement_s: float = STATEMENT_S) -> Database:
         """A database at ``url``; nothing is opened yet.  ``statement_s`` bounds each statement (PostgreSQL).
 
-        Raises Misconfigured if the URL is not one of a file of SQLite or of a PostgreSQL server.
+        A URL of PostgreSQL may say, in libpq's word, `sslrootcert`: then TLS is required, with a certificate of that
+        host from an authority in that file.  Raises Misconfigured if the URL is not one of a file of SQLite or of a
+        PostgreSQL server.
         """
         try:
             parsed = make_url(url)
         except ArgumentError:
-            raise Misconfigured("the store's URL can't be read: it has to look like " + _EXAMPLES) from None
+            raise Misconfigured(f"{_URL} can't be read: it has to look like {_EXAMPLES}") from None
         if parsed.drivername not in (SQLITE, POSTGRESQL):
-            raise Misconfigured(f"the store's URL begins with {parsed.drivername!r}: it has to look like {_EXAMPLES}")
+            raise Misconfigured(f"{_URL} begins with {parsed.drivername!r}: it has to look like {_EXAMPLES}")
         if parsed.drivername == SQLITE and parsed.database in (None, "", ":memory:"):
-            raise Misconfigured("the store's URL names no file, and a store in memory would forget what was issued")
+            raise Misconfigured(
+                f"{_URL} names no file, and a store in memory would forget what was issued: "
+                f"it has to look like {SQLITE}:///var/voucherd.db"
+            )
         return cls(parsed, statement_s)
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
@@ -208,6 +214,7 @@ async def _copy(
         raise fault from error
 
 
+_URL: Final = "VOUCHERD_STORE_URL"
 _EXAMPLES: Final = f"{SQLITE}:///var/voucherd.db or {POSTGRESQL}://user:password@host/database"
 
 
@@ -221,8 +228,9 @@ def _engine(url: URL, statement_s: float, opened: WeakSet[aiosqlite.Connection])
         opened.add(connection)
         return await connection
 
+    reached, verified = _verified(url)
     engine = create_async_engine(
-        url,
+        reached,
         pool_size=CONNECTIONS_MAX,
         max_overflow=0,
         pool_timeout=statement_s,
@@ -230,7 +238,7 @@ def _engine(url: URL, statement_s: float, opened: WeakSet[aiosqlite.Connection])
         hide_parameters=True,  # an error's text ends in a log, a code must not
         connect_args={"timeout": statement_s, "async_creator_fn": open_sqlite}
         if sqlite
-        else {"timeout": CONNECT_S, "command_timeout": statement_s + CLIENT_MARGIN_S},
+        else {"timeout": CONNECT_S, "command_timeout": statement_s + CLIENT_MARGIN_S, **verified},
     )
     event.listen(engine.sync_engine, "connect", _set_up_sqlite if sqlite else _set_up_postgresql(statement_s))
     event.listen(engine.sync_engine, "handle_error", _translate)
@@ -238,6 +246,18 @@ def _engine(url: URL, statement_s: float, opened: WeakSet[aiosqlite.Connection])
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         event.listen(engine.sync_engine, "invalidate", _let_go_sqlite)
     return engine
+
+
+def _verified(url: URL) -> tuple[URL, dict[str, ssl.SSLContext]]:
+    """``url`` without libpq's word for the authority, and what the driver knows it by; it has no way of its own."""
+    authority = url.query.get("sslrootcert")
+    if authority is None:
+        return url, {}
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+    except OSError as error:
+        raise Misconfigured(f"{_URL}: sslrootcert={authority} is no file of certificates: {error.strerror}") from None
+    return url.difference_update_query(["sslrootcert"]), {"ssl": context}
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:

@@ -96,9 +96,12 @@ class BoundedProtocol(HttpToolsProtocol):
             transport.abort()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """A client that only stopped sending still gets the answers to what it has asked.  False: close now."""
+        """A client that only stopped sending still gets the answers to what it has asked.  False: close now, which is
+        all that there is under TLS."""
         unfinished = self.headed and not self.whole  # then self.cycle is of the request that will never be whole
         if self.lingering or unfinished or self.cycle is None or self.cycle.response_complete:
+            return False
+        if self.scheme == "https":
             return False
         self.cycle.keep_alive = False
         return True

@@ -16,7 +16,8 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 import structlog
@@ -40,6 +41,8 @@ OTHER_FILES: Final = 128 + PARTING_MAX
 # the one that sends the next request.
 KEEP_ALIVE_S: Final = 75
 BACKLOG: Final = 2_048  # connections waiting to be accepted: a burst of a tenth of a second
+HANDSHAKE_S: Final = 5.0  # a TLS handshake is two round trips
+GOODBYE_S: Final = 0.5  # for the other side's end of TLS, which an idle client does not send: a drain waits for it
 WATCH_S: Final = 0.05  # between two looks at whether the issuer is ready
 FLUSH_S: Final = 0.5  # between two additions of what was counted to the metrics
 SETTINGS_LINE_MAX: Final = 65_536  # bytes
@@ -65,11 +68,25 @@ class Word(msgspec.Struct, omit_defaults=True):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us."""
+    """uvicorn's server, which leaves signals to us.  ``handshake_s`` bounds a TLS handshake."""
+
+    def __init__(self, config: uvicorn.Config, *, handshake_s: float = HANDSHAKE_S) -> None:
+        super().__init__(config)
+        self._handshake_s = handshake_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.is_ssl:
+            # uvicorn leaves these at the loop's 60 s and 30 s: so long would a silent client cost a connection
+            # that nobody counts, and an idle one hold up a drain.
+            loop: Any = asyncio.get_running_loop()
+            loop.create_server = partial(
+                loop.create_server, ssl_handshake_timeout=self._handshake_s, ssl_shutdown_timeout=GOODBYE_S
+            )
+        await super().startup(sockets)
 
 
 async def run(listener: socket.socket, control: socket.socket, settings: Settings, build: Build) -> int:
@@ -86,7 +103,10 @@ async def run(listener: socket.socket, control: socket.socket, settings: Setting
 
     try:
         async with build(settings) as app:
-            server = Server(configured(app, settings, connections_max=_room_for_connections()))
+            server = Server(
+                configured(app, settings, connections_max=_room_for_connections()),
+                handshake_s=settings.receive_timeout_ms / 1000,
+            )
 
             def drain() -> None:
                 if not server.should_exit:
@@ -117,7 +137,8 @@ async def run(listener: socket.socket, control: socket.socket, settings: Setting
 
 
 def configured(app: App, settings: Settings, *, connections_max: int) -> uvicorn.Config:
-    """uvicorn's configuration of the public port: httptools with our bounds, no banner, no access log."""
+    """uvicorn's configuration of the public port: httptools with our bounds, TLS if the settings name a certificate, no
+    banner, no access log."""
     return uvicorn.Config(
         app,
         interface="asgi3",
@@ -131,6 +152,8 @@ def configured(app: App, settings: Settings, *, connections_max: int) -> uvicorn
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s,
+        ssl_certfile=settings.tls_cert_file or None,
+        ssl_keyfile=settings.tls_key_file or None,
     )
 
 

@@ -239,7 +239,7 @@ def test_faults_are_one_line(store: OnStage, monkeypatch: pytest.MonkeyPatch, tm
     refused("status", says="VOUCHERD_PORT")
     monkeypatch.delenv("VOUCHERD_PORT")
     monkeypatch.setenv("VOUCHERD_STORE_URL", "mysql://x")
-    refused("status", says="store's URL")
+    refused("status", says="VOUCHERD_STORE_URL")
     monkeypatch.setenv("VOUCHERD_STORE_URL", sqlite_url(tmp_path / "nothing.db"))
     refused("audit", says="run `voucherd migrate`")
     assert not (tmp_path / "nothing.db").exists()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
+from redis.asyncio.connection import parse_url
+from sqlalchemy.engine import make_url
 
 from service.checks import CHECKS
 from service.errors import Misconfigured
-from service.settings import PREFIX, Settings, in_data_dir, load
+from service.settings import PREFIX, SECRET_BYTES_MAX, SECRETS, Settings, in_data_dir, load
+from tests.tls import Authority
 
 # field -> (least, most)
 BOUNDS = {
@@ -89,6 +93,33 @@ def test_a_misspelt_variable_is_not_ignored() -> None:
         load({"VOUCHERD_WORKRES": "2"})
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("VOUCHERD_WORKRES", "VOUCHERD_WORKERS"), ("VOUCHERD_REDIS_URL_FIEL", "VOUCHERD_REDIS_URL_FILE"),
+     ("VOUCHERD_STORE_PASWORD_FILE", "VOUCHERD_STORE_PASSWORD_FILE"), ("VOUCHERD_WORKERS_FILE", "VOUCHERD_WORKERS")],
+)  # fmt: skip
+def test_a_misspelt_variable_is_told_what_was_meant(typed: str, meant: str) -> None:
+    with pytest.raises(Misconfigured, match=f"^{typed} is not a setting of voucherd: is {meant} meant"):
+        load({typed: "2"})
+
+
+def test_every_refusal_names_the_variable_the_problem_and_a_value_that_would_do() -> None:
+    wrong = {
+        "workers": "many", "port": "tcp://10.0.0.1:8080", "production": "perhaps", "issuer": "a b", "scope_prefix": "a",
+        "accept": "fsnyc", "redis_timeout_ms": "2000", "outbox_bytes": "1", "replay_retention_s": "100",
+        "redis_url": "http://elsewhere", "tls_cert_file": "/nowhere.pem",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        variable = f"{PREFIX}{name.upper()}"
+        with pytest.raises(Misconfigured) as refused:
+            load({variable: value})
+        said = re.fullmatch(r"(VOUCHERD_\w+)(?:=.*?)?: (.+); for example \1=(.*)", str(refused.value))
+        assert said is not None, refused.value
+        assert variable in said[0]
+        if name != "tls_cert_file":  # there is none at the example's place
+            load({variable: said[3]})
+
+
 def test_what_others_set_is_not_our_business() -> None:
     assert load({"PATH": "/bin", "REDIS_URL": "redis://elsewhere"}) == Settings()
 
@@ -127,7 +158,7 @@ def test_what_would_make_every_access_token_unusable_is_refused(name: str, value
 def test_outbox_bytes_are_never_the_first_bound_by_far() -> None:
     assert load({}).outbox_bytes_max == 1_024 * load({}).outbox_max
     assert load(environment(outbox_bytes=1_024 * 50 * 60)).outbox_bytes_max == 1_024 * 50 * 60
-    with pytest.raises(Misconfigured, match="VOUCHERD_OUTBOX_BYTES must be 0 or at least 3,072,000"):
+    with pytest.raises(Misconfigured, match="VOUCHERD_OUTBOX_BYTES=3071999: must be 0 or at least 3,072,000"):
         load(environment(outbox_bytes=1_024 * 50 * 60 - 1))
 
 
@@ -136,6 +167,121 @@ def test_windows_and_outbox_never_cover_less_than_the_promise() -> None:
     assert (small.low_water, small.outbox_max) == (20, 10_000)
     assert large.low_water == 60_000
     assert large.outbox_max >= 60_000
+
+
+# --- secrets
+
+ODD = "p@ss/w:o#r?d%41+ é"
+HIDDEN = "s3cr3t"
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_a_secret_in_a_file_is_the_one_of_its_variable(tmp_path: Path, ending: str) -> None:
+    for name in SECRETS:
+        value = {"redis_url": "redis://:a%20b@h:1/2", "store_url": "postgresql+asyncpg://u:a@h/d"}.get(name, ODD)
+        around = {"redis_password": {"redis_url": "redis://u@h:1/2"}, "store_password": STORE}.get(name, {})
+        (tmp_path / name).write_bytes((value + ending).encode())
+        by_file = load({**environment(**around), f"{PREFIX}{name.upper()}_FILE": str(tmp_path / name)})
+        assert by_file == load(environment(**around, **{name: value})) != Settings()
+
+
+STORE = {"store_url": "postgresql+asyncpg://voucherd@db.internal:5432/voucherd"}
+
+
+def test_a_password_by_itself_gets_into_the_url_as_it_is() -> None:
+    settings = load(environment(redis_url="rediss://u@h:1/2?db=3", redis_password=ODD, store_password=ODD, **STORE))
+    assert parse_url(settings.redis_url)["password"] == ODD
+    assert parse_url(settings.redis_url)["username"] == "u"
+    assert parse_url(settings.redis_url)["host"] == "h"
+    assert parse_url(settings.redis_url)["db"] == 3
+    assert make_url(settings.store_url).password == ODD
+    assert make_url(settings.store_url).host == "db.internal"
+    assert (settings.redis_password, settings.store_password) == ("", ""), "one place to keep it out of logs"
+    assert settings.checked() == settings
+
+
+def test_a_file_of_a_secret_that_can_not_be_used_is_named(tmp_path: Path) -> None:
+    missing, empty, long, lines, binary = (tmp_path / name for name in ("missing", "empty", "long", "lines", "binary"))
+    empty.write_text("\n")
+    long.write_text("x" * (SECRET_BYTES_MAX + 1))
+    lines.write_text(f"{HIDDEN}\n{HIDDEN}\n")
+    binary.write_bytes(HIDDEN.encode() + b"\xff")
+    for path in (missing, empty, long, lines, binary, tmp_path):
+        with pytest.raises(Misconfigured, match=rf"^VOUCHERD_REDIS_PASSWORD_FILE='{path}'.*; for example") as refused:
+            load({"VOUCHERD_REDIS_PASSWORD_FILE": str(path)})
+        assert HIDDEN not in str(refused.value)
+
+
+def test_a_secret_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("redis://elsewhere")
+    with pytest.raises(Misconfigured, match="VOUCHERD_REDIS_URL_FILE and VOUCHERD_REDIS_URL are both set"):
+        load({**environment(redis_url="redis://h"), "VOUCHERD_REDIS_URL_FILE": str(tmp_path / "url")})
+    with pytest.raises(Misconfigured, match="VOUCHERD_REDIS_URL has a password too"):
+        load(environment(redis_url=f"redis://:{HIDDEN}@h", redis_password=HIDDEN))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"redis://:{HIDDEN}/x@host:6379/0", f"redis://:x/{HIDDEN}@host", f"redis://:x#{HIDDEN}@host", f"redis://:1/{HIDDEN}@h",
+     f"redis://:x?{HIDDEN}@host", f"http://:{HIDDEN}@host", f"redis://:{HIDDEN}@host:port/0", f"redis://[{HIDDEN}",
+     f"redis://:{HIDDEN}@host/zero", f"redis://:{HIDDEN}@", f"redis://:{HIDDEN}@h:0", f"{HIDDEN}", f"redis:{HIDDEN}"],
+)  # fmt: skip
+def test_a_url_that_can_not_be_read_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(
+        Misconfigured, match=r"^VOUCHERD_REDIS_URL: .*; for example VOUCHERD_REDIS_URL=rediss://"
+    ) as refused:
+        load(environment(redis_url=url))
+    assert HIDDEN not in str(refused.value)
+    with pytest.raises(Misconfigured) as refused:
+        load(environment(store_url=url, store_password="x"))
+    assert HIDDEN not in str(refused.value)
+
+
+def test_a_password_of_the_environment_is_not_that_of_another_server() -> None:
+    given = environment(redis_url="redis://u@h", redis_password="a", **STORE, store_password="b")
+    settings = load(given, redis_url="redis://:own@127.0.0.1:1/0", store_url="sqlite+aiosqlite:////d/voucherd.db")
+    assert (settings.redis_url, settings.store_url) == (
+        "redis://:own@127.0.0.1:1/0",
+        "sqlite+aiosqlite:////d/voucherd.db",
+    )
+    with pytest.raises(Misconfigured, match="VOUCHERD_STORE_PASSWORD is set, and VOUCHERD_STORE_URL names no server"):
+        load(environment(store_password="b"))
+
+
+# --- certificates
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def test_an_authority_gets_into_the_url_and_only_with_tls(authority: Authority) -> None:
+    path = str(authority.file)
+    settings = load(environment(redis_url="rediss://h?db=1", redis_ca_file=path, store_ca_file=path, **STORE))
+    assert parse_url(settings.redis_url)["ssl_ca_certs"] == path
+    assert make_url(settings.store_url).query["sslrootcert"] == path
+    with pytest.raises(Misconfigured, match="VOUCHERD_REDIS_CA_FILE is set.*for example VOUCHERD_REDIS_URL=rediss://"):
+        load(environment(redis_url="redis://h", redis_ca_file=path))
+    with pytest.raises(Misconfigured, match="VOUCHERD_STORE_CA_FILE is set, and VOUCHERD_STORE_URL names no server"):
+        load(environment(store_ca_file=path))
+
+
+def test_files_of_certificates_that_can_not_be_used_are_named(authority: Authority, tmp_path: Path) -> None:
+    certificate, key = authority.certificate("one")
+    _, other = authority.certificate("another")
+    locked = authority.locked(key)
+    assert load(environment(tls_cert_file=certificate, tls_key_file=key)).tls_key_file == str(key)
+    for cert_file, key_file, named in (
+        (certificate, "", "TLS_KEY_FILE"), ("", key, "TLS_CERT_FILE"), (tmp_path / "no", key, "TLS_CERT_FILE"),
+        (certificate, tmp_path / "no", "TLS_KEY_FILE"), (certificate, other, "TLS_KEY_FILE"),
+        (key, certificate, "TLS_KEY_FILE"), (certificate, locked, "TLS_KEY_FILE"),
+    ):  # fmt: skip
+        with pytest.raises(Misconfigured, match=f"^VOUCHERD_{named}='.*; for example VOUCHERD_{named}=/"):
+            load(environment(tls_cert_file=cert_file, tls_key_file=key_file))
+    for path in (key, tmp_path / "no"):
+        with pytest.raises(Misconfigured, match="^VOUCHERD_REDIS_CA_FILE='.*; for example"):
+            load(environment(redis_url="rediss://h", redis_ca_file=path))
 
 
 def test_a_data_directory_that_was_never_started_says_what_to_do(tmp_path: Path) -> None:
