@@ -55,3 +55,17 @@ def test_no_check_objects_to_it(server: RedisServer, tmp_path: Path, sqlite_temp
     shutil.copy(sqlite_template, tmp_path / "store.db")
     settings = Settings(redis_url=server.url, store_url=sqlite_url(tmp_path / "store.db"))
     assert set(seen(settings)) <= {"version"}  # a distribution's Redis may carry its corrections under an old number
+
+
+def test_no_check_objects_to_the_users_that_are_shipped(
+    server: RedisServer, tmp_path: Path, sqlite_template: Path
+) -> None:
+    """Among the checks: whether voucherd's own may run every command of every script, and read what is checked."""
+    with redis.Redis.from_url(server.url) as client:
+        for line in (FILE.parent / "users.acl").read_text().splitlines():
+            _, name, *rules = line.split()
+            if name != "default":  # who is asking here
+                client.execute_command("ACL", "SETUSER", name, *rules, ">secret")
+    shutil.copy(sqlite_template, tmp_path / "store.db")
+    url = server.url.replace("redis://", "redis://voucherd:secret@")
+    assert set(seen(Settings(redis_url=url, store_url=sqlite_url(tmp_path / "store.db")))) <= {"version"}
