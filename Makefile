@@ -11,10 +11,12 @@ ARGS ?=
 TEST_TMPDIR ?= $(shell test $$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1) -gt 4194304 2>/dev/null && \
 	at=$$(mktemp -d /dev/shm/voucherd-XXXXXX) && : >$$at/run && chmod +x $$at/run && $$at/run && \
 	echo /dev/shm; rm -rf "$$at")
+SECRETS ?= deploy/secrets
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script chaos chaos-import chaos-rows compare-install dashboard mutations postman sim
+	bench-scale bench-script chaos chaos-import chaos-rows compare-install dashboard manifests \
+	mutations postman rolling secrets sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +81,21 @@ chaos: install ## every fault at random on real processes, then every promise ch
 
 chaos-rows: install ## each fault alone, on PostgreSQL with Valkey and SQLite with Redis (ARGS='-k row_09')
 	$(BIN)/python -m pytest tests/chaos --chaos all $(ARGS)
+
+rolling: install ## every process restarted under load, ten rounds (ARGS='--upgrade-from COMMIT': from an older version)
+	$(BIN)/python -m pytest tests/acceptance/test_rolling.py --restarts 10 -s $(ARGS)
+
+secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, made once
+	@mkdir -p -m 700 $(SECRETS)
+	@for name in redis_voucherd_password redis_operator_password store_password grafana_password; do \
+		test -e $(SECRETS)/$$name || $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $(SECRETS)/$$name; \
+	done
+	@test -e $(SECRETS)/voucherd_secrets || $(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets
+	@chmod 444 $(SECRETS)/*  # a container's user is another one; the directory is closed
+
+manifests: install ## deploy/kubernetes held against the schemas of Kubernetes, which are installed for it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deploy]'
+	$(BIN)/python -m pytest tests/unit/test_deployment.py $(ARGS)
 
 mutations: install ## six faults in our own code, each of which must make its test red
 	$(BIN)/python -m tests.chaos.mutations $(ARGS)

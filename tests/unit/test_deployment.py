@@ -1,0 +1,374 @@
+"""The files of deploy/ agree with the code and with each other, and are what the tools that read them take.
+
+Read here by the parsers of Docker (deploy/Dockerfile) and of the Compose specification; held against the schemas of
+Kubernetes where those are installed (``make manifests``); put together by kustomize where kubectl is.  PodMonitors have
+no schema in any of these: what is asserted of them stands below.  No image is built or run by any test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import compose_spec
+import dockerfile
+import pytest
+import yaml
+
+from service import __version__
+from service.errors import Misconfigured
+from service.settings import PREFIX, SECRETS, Settings, load
+from service.vetting import COMMANDS
+from service.web.serve import DRAIN_MARGIN_S
+from tests.unit.test_documents import assert_is_a_command
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+IMAGE = f"voucherd:{__version__}"
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {name: one for name, one in SERVICES.items() if one["image"] == IMAGE}
+PROMETHEUS = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+BUILT = dockerfile.parse_file(str(DEPLOY / "Dockerfile"))
+LAST_STAGE = BUILT[max(number for number, one in enumerate(BUILT) if one.cmd == "FROM") :]
+KUSTOMIZATION = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+
+
+def _resources() -> list[dict[str, Any]]:
+    files = [KUBERNETES / name for name in KUSTOMIZATION["resources"]]
+    return [one for file in files for one in yaml.safe_load_all(file.read_text())]
+
+
+RESOURCES = _resources()
+PODS = {
+    one["metadata"]["name"]: one["spec"]["template"]["spec"]
+    for one in RESOURCES
+    if one["kind"] in ("Deployment", "Job")
+}
+SETTINGS_MAP = dict(line.split("=", 1) for line in KUSTOMIZATION["configMapGenerator"][0]["literals"])
+
+
+def _kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {one["metadata"]["name"]: one for one in RESOURCES if one["kind"] == kind}
+
+
+def _in_image() -> dict[str, str]:
+    (words,) = (one.value for one in LAST_STAGE if one.cmd == "ENV")
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _environments() -> Iterator[tuple[str, dict[str, str]]]:
+    for name, one in OURS.items():
+        yield f"compose: {name}", {**_in_image(), **one["environment"]}
+    yield "kubernetes", {**_in_image(), **SETTINGS_MAP}
+
+
+# --- settings, commands
+
+
+@pytest.mark.parametrize(("where", "environment"), list(_environments()))
+def test_no_setting_is_unknown_or_refused(where: str, environment: dict[str, str], tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret\n")
+    known = {f"{PREFIX}{name}_FILE".upper() for name in SECRETS}
+    given = {name: str(secret) if name in known else text for name, text in environment.items()}
+    settings = load(given)
+    assert settings.production
+    assert settings.host == settings.ops_host == "0.0.0.0", "a container's own loopback is nobody's"  # noqa: S104
+    for url in (settings.redis_url, settings.store_url):
+        assert re.fullmatch(r"\S+://voucherd:secret@\w+:\d+/\w+", url), "its password comes from a file"
+
+
+def test_no_secret_is_written_into_a_file() -> None:
+    for _, environment in _environments():
+        for name in environment:
+            assert name.removeprefix(PREFIX).lower() not in ("redis_password", "store_password")
+    for name in COMPOSE["secrets"].values():
+        assert (
+            not (DEPLOY / name["file"]).is_relative_to(ROOT) or "deploy/secrets/" in (ROOT / ".gitignore").read_text()
+        )
+
+
+def test_every_command_exists() -> None:
+    for one in OURS.values():
+        assert_is_a_command(" ".join(one["command"]))
+    for pod in PODS.values():
+        assert_is_a_command(" ".join(pod["containers"][0]["args"]))
+    told = {one.cmd: list(one.value) for one in LAST_STAGE if one.cmd in ("ENTRYPOINT", "CMD")}
+    assert told == {"ENTRYPOINT": ["voucherd"], "CMD": ["serve"]}
+    assert_is_a_command("serve")
+    typed = re.findall(r"run --rm work ([a-z -]+?)(?:  |$)", (DEPLOY / "compose.yaml").read_text(), re.MULTILINE)
+    typed += re.findall(r"`voucherd ([^`]*)`", (KUBERNETES / "kustomization.yaml").read_text())
+    assert len(typed) == 3
+    for words in typed:
+        assert_is_a_command(words)
+
+
+# --- ports
+
+
+def test_one_port_is_the_same_in_every_file() -> None:
+    public, ops = Settings().port, Settings().ops_port
+    work_ops = int(SETTINGS_MAP["VOUCHERD_WORK_OPS_PORT"])
+    assert str(work_ops) == SERVICES["work"]["environment"]["VOUCHERD_WORK_OPS_PORT"]
+    (exposed,) = (list(one.value) for one in LAST_STAGE if one.cmd == "EXPOSE")
+    assert exposed == [str(public), str(ops)]
+    for environment in dict(_environments()).values():
+        assert not {"VOUCHERD_PORT", "VOUCHERD_OPS_PORT"} & environment.keys(), "the defaults are meant everywhere"
+
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in PROMETHEUS["scrape_configs"]}
+    assert targets == {"voucherd-serve": [f"serve:{ops}"], "voucherd-work": [f"work:{work_ops}"]}
+    assert {target.partition(":")[0] for one in targets.values() for target in one} <= SERVICES.keys()
+
+    def ports(deployment: str) -> dict[str, int]:
+        return {port["name"]: port["containerPort"] for port in PODS[deployment]["containers"][0]["ports"]}
+
+    assert ports("voucherd-serve") == {"http": public, "ops": ops}
+    assert ports("voucherd-work") == {"ops": work_ops}
+    monitors = _kind("PodMonitor")
+    assert monitors.keys() == targets.keys() <= PODS.keys()
+    for job, monitor in monitors.items():
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["port"] in ports(job)
+        assert endpoint["interval"] == PROMETHEUS["global"]["scrape_interval"]
+        assert {"action": "replace", "targetLabel": "job", "replacement": job} in endpoint["relabelings"]
+
+    (service,) = _kind("Service").values()
+    assert [port["targetPort"] for port in service["spec"]["ports"]] == ["http"]
+    assert SERVICES["serve"]["ports"] == [f"127.0.0.1:{public}:{public}"]
+    (healthcheck,) = (str(one.value[-1]) for one in LAST_STAGE if one.cmd == "HEALTHCHECK")
+    assert f"127.0.0.1:{ops}/healthz" in healthcheck
+    assert f"127.0.0.1:{work_ops}/healthz" in SERVICES["work"]["healthcheck"]["test"][-1]
+
+
+def test_ops_ports_are_for_prometheus_alone() -> None:
+    policies = _kind("NetworkPolicy")
+    ops = {Settings().ops_port, int(SETTINGS_MAP["VOUCHERD_WORK_OPS_PORT"])}
+    for policy in policies.values():
+        assert policy["spec"]["podSelector"]["matchLabels"], "one without labels is for every pod of the namespace"
+        for rule in policy["spec"]["ingress"]:
+            opened = {port["port"] for port in rule["ports"]}
+            if "from" in rule:
+                assert opened == ops
+                assert rule["from"] == [
+                    {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+                ]
+            else:
+                assert opened == {Settings().port}
+    assert {"voucherd", "voucherd-serve"} == policies.keys()
+    for name, one in SERVICES.items():
+        published = {text.rsplit(":", 1)[1] for text in one.get("ports", ())}
+        assert not published & {str(port) for port in ops}, name
+        assert all(text.startswith("127.0.0.1:") for text in one.get("ports", ())), name
+    assert COMPOSE["networks"]["inside"]["internal"]
+    assert {name for name, one in SERVICES.items() if "outside" in one["networks"]} == {
+        "serve",
+        "prometheus",
+        "grafana",
+    }
+
+
+# --- how processes run
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_no_pod_has_more_rights_than_it_needs(name: str) -> None:
+    pod = PODS[name]
+    assert pod["serviceAccountName"] in _kind("ServiceAccount")
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["image"] == "voucherd"
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+    }  # fmt: skip
+    assert {"requests", "limits"} <= container["resources"].keys()
+    assert pod["enableServiceLinks"] is False
+    with pytest.raises(Misconfigured):  # what it would set for a Service of that name
+        load({"VOUCHERD_PORT": "tcp://10.0.0.1:80"})
+    with pytest.raises(Misconfigured):
+        load({"VOUCHERD_SERVICE_HOST": "10.0.0.1"})
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
+    assert mounted["tmp"] == "/tmp"
+    for variable, path in SETTINGS_MAP.items():
+        if variable.endswith("_FILE"):
+            assert str(Path(path).parent) == mounted["secrets"], variable
+
+
+def test_user_and_version_are_the_same_everywhere() -> None:
+    (user,) = (one.value[0] for one in LAST_STAGE if one.cmd == "USER")
+    assert re.fullmatch(r"[1-9]\d{4}:[1-9]\d{4}", user)
+    for pod in PODS.values():
+        context = pod["securityContext"]
+        assert f"{context['runAsUser']}:{context['runAsGroup']}" == user
+        assert context["fsGroup"] == context["runAsGroup"], "or it can't read its secrets"
+    assert KUSTOMIZATION["images"] == [{"name": "voucherd", "newTag": __version__}]
+    assert OURS.keys() == {"migrate", "serve", "work"}
+    assert f"--tag {IMAGE} ." in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_no_process_is_killed_while_it_drains() -> None:
+    takes = Settings().drain_s + DRAIN_MARGIN_S
+    for name in ("serve", "work"):
+        assert _seconds(OURS[name]["stop_grace_period"]) > takes
+        pod = PODS[f"voucherd-{name}"]
+        stop = pod["containers"][0].get("lifecycle", {}).get("preStop", {"exec": {"command": ["sleep", "0"]}})
+        assert stop["exec"]["command"][0] == "sleep"
+        assert pod["terminationGracePeriodSeconds"] > int(stop["exec"]["command"][1]) + takes
+    assert "preStop" in PODS["voucherd-serve"]["containers"][0]["lifecycle"], "nobody is sent to a port that is closed"
+    (signal,) = (one.value[0] for one in LAST_STAGE if one.cmd == "STOPSIGNAL")
+    assert signal == "SIGTERM"
+
+
+def test_one_of_each_is_always_there() -> None:
+    for name in ("voucherd-serve", "voucherd-work"):
+        deployment, budget = _kind("Deployment")[name], _kind("PodDisruptionBudget")[name]
+        assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+        assert budget["spec"]["maxUnavailable"] == 1
+        assert budget["spec"]["selector"] == deployment["spec"]["selector"]
+        assert PODS[name]["topologySpreadConstraints"]
+    scaler = _kind("HorizontalPodAutoscaler")["voucherd-serve"]["spec"]
+    assert scaler["minReplicas"] >= 2
+    assert scaler["scaleTargetRef"]["name"] == "voucherd-serve"
+    assert "replicas" not in _kind("Deployment")["voucherd-serve"]["spec"], "the scaler's number would be set back"
+    assert _kind("Deployment")["voucherd-work"]["spec"]["replicas"] == 2
+    probes = PODS["voucherd-serve"]["containers"][0]
+    assert probes["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "ops"}
+    assert probes["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "ops"}
+
+
+def _seconds(text: str) -> int:
+    return int(text.removesuffix("s"))
+
+
+# --- images and files
+
+
+def test_every_image_is_pinned_and_of_no_particular_registry() -> None:
+    images = [one["image"] for one in SERVICES.values()] + [one.value[0] for one in BUILT if one.cmd == "FROM"]
+    for image in images:
+        assert re.fullmatch(r"[a-z]+(/[a-z]+)?:v?\d+\.\d+[\w.-]*", image), image
+
+
+def test_what_is_copied_or_mounted_is_there() -> None:
+    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = [source for one in BUILT if one.cmd == "COPY" and not one.flags for source in one.value[:-1]]
+    assert sorted(copied) == sorted(let_in)
+    for name in copied:
+        assert (ROOT / name).exists(), name
+    for name, one in SERVICES.items():
+        for volume in one.get("volumes", ()):
+            source, _, _ = volume.partition(":")
+            assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], (
+                name,
+                volume,
+            )
+        for secret in one.get("secrets", ()):
+            assert secret in COMPOSE["secrets"], (name, secret)
+    mounted = " ".join(volume for one in SERVICES.values() for volume in one.get("volumes", ()))
+    for rules in PROMETHEUS["rule_files"]:
+        assert f"/etc/prometheus/{rules}" in mounted
+
+
+def test_all_secrets_are_made_by_make(tmp_path: Path) -> None:
+    """And none that is there is made again."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nsecrets:")[2].partition("\n\n")[0]
+    for secret in COMPOSE["secrets"].values():
+        assert Path(secret["file"]).name in recipe
+    assert recipe.count("test -e") == 2
+
+
+# --- what reads them takes them
+
+
+def test_compose_takes_its_file() -> None:
+    found = compose_spec.PyCompose.from_json(json.dumps(COMPOSE))
+    assert set(found.service_names()) == set(SERVICES)
+    with pytest.raises(ValueError, match="read_onyl"):
+        compose_spec.PyCompose.from_json(json.dumps({"services": {"x": {"image": "x", "read_onyl": True}}}))
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
+def test_kubernetes_takes_its_files(version: str) -> None:
+    if importlib.util.find_spec("kubernetes_validate") is None:
+        pytest.skip(
+            "kubernetes-validate is not installed (`make manifests` does): no manifest was held against a schema"
+        )
+    import kubernetes_validate
+
+    held = []
+    for one in RESOURCES:
+        if one["kind"] != "PodMonitor":
+            kubernetes_validate.validate(one, version, strict=True)
+            held.append(one["kind"])
+    assert len(held) >= 10
+    print(f"held against the schemas of Kubernetes {version}: {', '.join(held)}; PodMonitor has none there")
+    wrong = json.loads(json.dumps(_kind("Deployment")["voucherd-serve"]))
+    wrong["spec"]["template"]["spec"]["containers"][0]["readinessPorbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, version, strict=True)
+
+
+def test_kustomize_puts_it_together() -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("no kubectl on PATH: the kustomization was read as YAML alone")
+    done = subprocess.run([kubectl, "kustomize", str(KUBERNETES)], capture_output=True, text=True, check=True)
+    made = list(yaml.safe_load_all(done.stdout))
+    assert len(made) == len(RESOURCES) + 1
+    (settings,) = (one["metadata"]["name"] for one in made if one["kind"] == "ConfigMap")
+    pods = [one["spec"]["template"] for one in made if one["kind"] in ("Deployment", "Job")]
+    for pod in pods:
+        (container,) = pod["spec"]["containers"]
+        assert container["image"] == IMAGE
+        assert container["envFrom"] == [{"configMapRef": {"name": settings}}]
+    labels = [pod["metadata"]["labels"] for pod in pods]
+    for one in made:
+        selectors = [one.get("spec", {}).get(name) for name in ("selector", "podSelector")]
+        for selector in filter(None, selectors):
+            wanted = selector.get("matchLabels", selector)
+            assert "app.kubernetes.io/name" in wanted, one["metadata"]["name"]
+            assert any(wanted.items() <= found.items() for found in labels), one["metadata"]["name"]
+
+
+# --- users of Redis
+
+
+def _rights(user: str) -> list[str]:
+    (line,) = (
+        line for line in (DEPLOY / "redis" / "users.acl").read_text().splitlines() if line.startswith(f"user {user} ")
+    )
+    return line.split()[2:]
+
+
+# What redis-py sends by itself: a transaction around a pipeline, the database of a URL.
+BY_REDIS_PY = {"multi", "exec", "select"}
+NO_COMMANDS = {"aclose", "execute", "pipeline"}  # of redis-py's clients
+
+
+def test_no_user_of_redis_may_do_what_nobody_does() -> None:
+    assert _rights("default") == ["off", "resetpass", "resetkeys", "resetchannels", "-@all"]
+    rights = _rights("voucherd")
+    assert rights[0] == "on"
+    assert [word for word in rights if word.startswith(("~", "%", "&"))] == ["~{0}:*"]
+    allowed = {word[1:] for word in rights if word.startswith("+")}
+    assert not [word for word in allowed if word.startswith("@")], "commands by name, not by the dozen"
+    called = "\n".join(file.read_text() for file in sorted((ROOT / "service").rglob("*.py")))
+    used = {name for name in allowed if f".{name.replace('|', '_')}(" in called}
+    assert allowed - used - set(COMMANDS) - BY_REDIS_PY == set()
+    assert set(COMMANDS) <= allowed
+    direct = set(re.findall(r"\b(?:redis|pipe)\.([a-z_]+)\(", called)) - NO_COMMANDS
+    direct = {name for name in direct if f"def {name}(" not in called}
+    assert len(direct) > 20
+    assert direct <= {name.replace("|", "_") for name in allowed}
+    operator = {word[1:] for word in _rights("operator") if word.startswith("+")}
+    assert not operator & (allowed - {"info", "config|get"}), "no right to any key, or to run a script"
