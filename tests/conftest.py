@@ -38,6 +38,8 @@ settings.load_profile("voucherd")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of everything random in the tests; printed")
+    parser.addoption("--restarts", type=int, default=0, help="rounds in which every process is restarted under load")
+    parser.addoption("--upgrade-from", default="", metavar="COMMIT", help="the version that is upgraded to this one")
     parser.addoption("--kills", type=int, default=3, help="imports that are killed, on each store")
     parser.addoption(
         "--chaos", choices=("short", "all"), default="short", help="rows of the table of faults: some, or all of them"
