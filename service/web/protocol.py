@@ -15,7 +15,10 @@ each other, and is answered in plain text.  Here:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import re
+import termios
+from array import array
 from typing import Any, ClassVar, Final
 
 import httptools
@@ -122,7 +125,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.loop.call_later(IDLE_GRACE_S, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
-        if self.whole and (self.cycle is None or self.cycle.response_complete):
+        if self.transport.is_closing() or not self.whole or not (self.cycle is None or self.cycle.response_complete):
+            return
+        if _is_unread(self.transport):  # the next request has come in this very moment: it is answered yet
+            self.loop.call_later(IDLE_GRACE_S, self._close_if_idle)
+        else:
             self.transport.close()
 
     # --- what arrives
@@ -494,6 +501,13 @@ class _Lingering(asyncio.Transport):
 
 
 _KEY_LINE: Final = re.compile(rb"\r\nidempotency-key:[ \t]*", re.IGNORECASE).search
+
+
+def _is_unread(transport: asyncio.Transport) -> bool:
+    """Whether bytes have arrived that nobody has read yet.  Closing would reset the connection, and lose them."""
+    count = array("i", [0])
+    fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, count)
+    return count[0] > 0
 
 
 def _end_of_head(data: bytes) -> int:

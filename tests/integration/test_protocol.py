@@ -545,6 +545,23 @@ def test_connections_over_the_limit_are_told_so_and_others_go_on(running: Runnin
 # --- draining
 
 
+def test_a_request_that_comes_just_as_its_idle_connection_is_closed_is_answered(running: Running) -> None:
+    with running.client() as client:
+        assert client.send(request()).answer().status == 200
+        (connection,) = running.server.server_state.connections
+
+        def at_the_last_moment() -> None:
+            """In the thread of the loop, which has not looked at the network since."""
+            connection.shutdown()
+            client.send(request("req-1002"))
+            connection._close_if_idle()  # type: ignore[union-attr]
+
+        assert running.loop is not None
+        running.loop.call_soon_threadsafe(at_the_last_moment)
+        answer = client.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
 def test_drain_answers_what_is_in_flight_and_closes_what_is_idle() -> None:
     running = Running()
     running.start()
