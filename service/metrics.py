@@ -80,6 +80,8 @@ batch_replies = Counter("voucherd_batch_replies", "Replies to whole batches (OK,
 guard_refusals = Counter(
     "voucherd_guard_refusals", "Requests refused for the sake of other requests (429, 503), by guard", ["guard"]
 )
+for _guard in ("rate_limit", "queue", "delay", "share", "outbox_codes", "outbox_bytes", "memory", "disk"):
+    guard_refusals.labels(_guard)  # there from the start, so that the first one is an increase
 refill_waits = Counter("voucherd_refill_waits", "Requests that waited for a window to be refilled")
 fence_checks = Counter("voucherd_fence_checks", "Bare fence checks, made when no batch was on its way")
 catalogue_version = Gauge(
@@ -101,7 +103,7 @@ set_aside = Counter(
 parked = Counter("voucherd_parked_entries", "Malformed outbox entries put aside; should stay 0")
 incidents = Counter("voucherd_incidents", "Incidents raised, also of codes that a roll left; should stay 0", ["kind"])
 for _kind in ("double_issue", "forked_lease", "quarantine"):
-    incidents.labels(_kind)  # there from the start, so that the first one is an increase
+    incidents.labels(_kind)  # there from the start, as above
 leased = Counter("voucherd_leased_codes", "Codes leased to windows", ["pool"])
 flush_seconds = Histogram(
     "voucherd_flush_seconds", "Seconds of one flush from outbox to ledger, without the wait for entries",
@@ -124,6 +126,10 @@ outbox_codes = Gauge(
 outbox_bytes = Gauge(
     "voucherd_outbox_bytes", "Bytes of the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"
 )
+outbox_limit_bytes = Gauge(
+    "voucherd_outbox_limit_bytes", "Bytes that the outbox may hold before requests are refused", ["partition"],
+    multiprocess_mode="livemax",
+)  # fmt: skip
 outbox_age_seconds = Gauge(
     "voucherd_outbox_age_seconds", "Age of the oldest outbox entry in seconds", ["partition"],
     multiprocess_mode="livemax",

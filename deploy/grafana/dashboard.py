@@ -75,15 +75,18 @@ def sections() -> tuple[Section, ...]:
             Panel("By campaign", "reqps", (
                 (f'topk(10, sum by (campaign, code) (rate({campaigns}{{code!~"issued|replayed"}}{OVER})))',
                  "{{campaign}} {{code}}"),
-            ), "The ten that refuse most, by the campaign that was considered first."),
+            ), "The ten that refuse most, by the campaign that was considered first.", 6),
             Panel("By distributor", "reqps", (
                 (f'topk(10, sum by (distributor, code) (rate({distributors}{{code!~"issued|replayed"}}{OVER})))',
                  "{{distributor}} {{code}}"),
-            ), "The ten that are refused most; only those whose credential was confirmed."),
+            ), "The ten that are refused most; only those whose credential was confirmed.", 6),
+            Panel("By guard", "reqps", (
+                (f"sum by (guard) (rate({_name(metrics.guard_refusals)}{OVER}))", "{{guard}}"),
+            ), "For the sake of other requests: over a distributor's limit (429), more than can be taken (503).", 6),
             Panel("Credentials", "reqps", (
                 (f"sum by (api, code) (rate({_name(metrics.credentials_refused)}{OVER}))", "{{api}} {{code}}"),
                 (f"sum(rate({_name(metrics.requests_malformed)}{OVER})) or vector(0)", "malformed HTTP"),
-            ), "Tokens and secrets that were refused, and what was no HTTP."),
+            ), "Tokens and secrets that were refused, and what was no HTTP.", 6),
         )),
         Section("Stock", (
             Panel("Seconds to empty", "s", (
@@ -107,14 +110,18 @@ def sections() -> tuple[Section, ...]:
         Section("Ledger", (
             Panel("Outbox", "short", (
                 (f"max by (partition) ({_name(metrics.outbox_codes)})", "codes in partition {{partition}}"),
-            ), "Vouchers that are not in the ledger yet."),
+            ), "Vouchers that are not in the ledger yet.", 6),
+            Panel("Outbox, bytes", "bytes", (
+                (f"max by (partition) ({_name(metrics.outbox_bytes)})", "in partition {{partition}}"),
+                (f"min({_name(metrics.outbox_limit_bytes)})", "at most"),
+            ), "At its bound nothing new is issued.", 6),
             Panel("Lag", "s", (
                 (f"max by (partition) ({_name(metrics.outbox_age_seconds)})", "oldest now"),
                 *_quantiles(metrics.flush_lag_seconds, legend="flushed after"),
-            ), "How long vouchers wait for the ledger."),
+            ), "How long vouchers wait for the ledger.", 6),
             Panel("Flush", "cps", (
                 (f"sum(rate({_name(metrics.flushed)}{OVER}))", "codes a second"),
-            ), "Codes written to the ledger."),
+            ), "Codes written to the ledger.", 6),
             Panel("Books", "short", (
                 (f"max by (books) ({_name(metrics.conservation_difference)})", "{{books}} differ"),
                 (f"sum by (kind) ({_name(metrics.incidents)})", "incidents: {{kind}}"),

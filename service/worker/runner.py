@@ -92,8 +92,9 @@ async def _work(settings: Settings, stop: asyncio.Event, make_flush: Callable[..
             database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s, fill=fill
         )
         watch = Watch(
-            database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max, patient=patient
-        )
+            database, scripts, planned_rate=settings.planned_rate, outbox_max=settings.outbox_max,
+            outbox_bytes_max=settings.outbox_bytes_max, patient=patient,
+        )  # fmt: skip
         changes = Changes(database, scripts)
         vetting = Vetting(database, scripts, settings)
         await vetting.run_once()

@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(
         self, database: Database, scripts: Scripts, *, planned_rate: int, outbox_max: int,
-        patient: Database | None = None, now: Callable[[], float] = time.time,
+        outbox_bytes_max: int, patient: Database | None = None, now: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """``patient``: the same store, whose statements may take as long as it takes to count every row."""
         self._database = database
@@ -43,6 +43,7 @@ class Watch:
         self._scripts = scripts
         self._planned_rate = planned_rate
         self._outbox_max = outbox_max
+        self._outbox_bytes_max = outbox_bytes_max
         self._now = now
         self._said = ""
         self._counted_in = (0, 0.0)
@@ -62,6 +63,7 @@ class Watch:
             if held is not None:
                 metrics.outbox_codes.labels(partition).set(held.codes)
                 metrics.outbox_bytes.labels(partition).set(held.bytes)
+                metrics.outbox_limit_bytes.labels(partition).set(self._outbox_bytes_max)
                 for pool, window in held.windows.items():
                     metrics.window_codes.labels(pool).set(window.length)
                 age_s = await outbox_age_s(self._scripts, seen.open, self._now())

@@ -16,7 +16,7 @@ from service.store.database import Database
 from service.store.stock import Row
 from service.worker.stocking import import_codes
 from service.worker.watch import BURN_S, COUNT_S, Watch
-from tests.integration.stage import OUTBOX_MAX, Stage, staged
+from tests.integration.stage import OUTBOX_BYTES_MAX, OUTBOX_MAX, Stage, staged
 
 POOL = "CAMP-001"
 CODES = 300
@@ -47,7 +47,14 @@ def clock() -> Clock:
 
 @pytest.fixture
 def watch(stage: Stage, clock: Clock) -> Watch:
-    return Watch(stage.database, stage.scripts, planned_rate=1, outbox_max=OUTBOX_MAX, now=clock)
+    return Watch(
+        stage.database,
+        stage.scripts,
+        planned_rate=1,
+        outbox_max=OUTBOX_MAX,
+        outbox_bytes_max=OUTBOX_BYTES_MAX,
+        now=clock,
+    )
 
 
 def empty_in_s() -> float | None:
@@ -92,6 +99,17 @@ async def test_a_pool_without_a_code_is_empty_now(stage: Stage, watch: Watch, cl
         await stage.refill.run_once()
     await watch.run_once()
     assert empty_in_s() == 0.0
+
+
+async def test_what_waits_in_the_outbox_is_not_told_without_how_much_may(stage: Stage, watch: Watch) -> None:
+    await stage.issue("one", "two", "three")
+    await watch.run_once()
+    told = {
+        name: REGISTRY.get_sample_value(f"voucherd_outbox_{name}", {"partition": "0"})
+        for name in ("bytes", "limit_bytes")
+    }
+    assert told["limit_bytes"] == OUTBOX_BYTES_MAX
+    assert 3 * 50 < told["bytes"] < told["limit_bytes"]
 
 
 async def test_books_that_balance_differ_by_nothing_wherever_the_codes_are(

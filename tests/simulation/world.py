@@ -392,7 +392,8 @@ class World:
         recover = self._recover(database, scripts, flush)
         refill = self._refill(process)
         watch = Watch(
-            database, scripts, planned_rate=1, outbox_max=self.outbox_max, now=self.scheduler.unix,
+            database, scripts, planned_rate=1, outbox_max=self.outbox_max, outbox_bytes_max=self.outbox_bytes_max,
+            now=self.scheduler.unix,
         )  # fmt: skip
 
         async def watch_step() -> None:
