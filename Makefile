@@ -15,7 +15,7 @@ SECRETS ?= deploy/secrets
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script chaos chaos-import chaos-rows compare-install dashboard manifests \
+	bench-scale bench-script chaos chaos-import chaos-rows compare-install dashboard loadtest manifests \
 	mutations postman rolling secrets sim
 
 help: ## say what there is to make
@@ -75,6 +75,9 @@ compare-install: install ## what loadtest/compare needs: FastAPI into .venv, Fas
 	@if ! command -v node >/dev/null; then echo "node is missing: going on without the Fastify service"; \
 	elif ! command -v npm >/dev/null; then echo "npm is missing: going on without the Fastify service"; \
 	else cd loadtest/compare/fastify && npm install --omit=dev --no-audit --no-fund; fi
+
+loadtest: install ## load by locust and what came of it (SCENARIO=retry-storm WORKERS=2; without SCENARIO: lists them)
+	@$(BIN)/python -m loadtest.scenarios $(SCENARIO) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 chaos: install ## every fault at random on real processes, then every promise checked (SEED=7 MINUTES=30)
 	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)

@@ -10,8 +10,6 @@ voucherd alone under loads from a tenth to twice of what it was saturated at (``
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,7 +26,7 @@ from rich.table import Table
 from loadtest import contenders, plots
 from loadtest.client import Run, run
 from loadtest.contenders import DRY, Contender, Voucherd
-from loadtest.figures import keep, verdict
+from loadtest.figures import keep, machine, verdict
 from loadtest.load import ISSUED_SHARE_MIN, P99_MS_MAX, SHARES, Level, codes_for, sweep
 from loadtest.processes import cpu_us
 from loadtest.vouchers import Repeated, VoucherRequests
@@ -190,9 +188,9 @@ def _cpu(rounds: Sequence[dict[str, Measured]], name: str) -> dict[str, float]:
 
 def _print(rounds: Sequence[dict[str, Measured]], levels: Sequence[Level], options: argparse.Namespace) -> int:
     targets = [*_targets(rounds), *_load_targets(levels)]
-    machine = _machine()
+    measured_on = machine()
     keep(options.json, {
-        "machine": machine, "options": {"requests": options.requests, "connections": options.connections},
+        "machine": measured_on, "options": {"requests": options.requests, "connections": options.connections},
         "rounds": rounds, "levels": levels, "targets": targets,
     })  # fmt: skip
     table = Table(
@@ -218,7 +216,7 @@ def _print(rounds: Sequence[dict[str, Measured]], levels: Sequence[Level], optio
     console.print(table)
     if levels:
         console.print(_load_table(levels))
-    print(machine)
+    print(measured_on)
     for target in targets:
         spread = f" ({target.least:.2f} to {target.most:.2f})" if target.least < target.most else ""
         print(f"{target.what}: {target.median:.2f}{spread}, {target.verdict}")
@@ -291,13 +289,6 @@ def _load_table(levels: Sequence[Level]) -> Table:
 
 def _short(number: float) -> str:
     return f"{number:.1f}" if number < 100 else f"{number:.0f}"
-
-
-def _machine() -> str:
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    model = named[0].split(":", 1)[1].strip() if named else platform.machine()
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores ({model}), Linux {platform.release()}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

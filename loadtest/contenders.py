@@ -15,7 +15,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -110,13 +110,7 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
     def stock(count: int) -> None:
         command("codes", "import", CAMPAIGN, str(codes_file(folder, count)))
 
-    up = subprocess.Popen(
-        module("service.cli.main", "up", "--data-dir", str(data), "--port", "0", "--ops-port", "0"),
-        env=environment, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        wait_for("voucherd up", lambda: _ready(data / "demo.json", up))
-        demo = json.loads((data / "demo.json").read_text())
+    with started(data, environment) as (pid, demo):
         command(
             "campaign", "cap", CAMPAIGN, *(f"{holder}={CAP}" for holder in ("total", "distributor:day", "terminal:day"))
         )
@@ -130,15 +124,26 @@ def voucherd(folder: Path, *, codes: int, product_codes: int, window: int) -> It
         port = int(demo["base_url"].rsplit(":", 1)[1])
         client = redis.Redis.from_url(_redis_url(data))
         client.config_set("latency-monitor-threshold", FSYNC_MS)
-        groups = _groups(up.pid)
         found = Voucherd(
-            port, groups, lambda mode: _set_fsync(client, mode),
+            port, groups(pid), lambda mode: _set_fsync(client, mode),
             lambda: wait_for("an empty outbox", lambda: _is_flushed(client), SETTLE_S_MAX),
             data=data, redis_url=_redis_url(data), demo=demo, limited_token=limited_token, stock=stock,
             fsync_ms=lambda: _fsync_ms(client),
         )  # fmt: skip
         _check(found)
         yield found
+
+
+@contextmanager
+def started(data: Path, environment: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """`voucherd up` on free ports, ready, with its data in ``data``: its process id, and what its demo.json says."""
+    up = subprocess.Popen(
+        module("service.cli.main", "up", "--data-dir", str(data), "--port", "0", "--ops-port", "0"),
+        env=dict(environment), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for("voucherd up", lambda: _ready(data / "demo.json", up))
+        yield up.pid, json.loads((data / "demo.json").read_text())
     finally:
         up.terminate()
         up.wait(STOP_S_MAX)
@@ -219,16 +224,17 @@ def _redis_url(data_dir: Path) -> str:
     return str(json.loads((data_dir / "connection.json").read_text())["redis_url"])
 
 
-def _groups(up: int) -> dict[str, list[int]]:
+def groups(up: int) -> dict[str, list[int]]:
+    """The processes of a `voucherd up`, by what they are."""
     words = {one.pid: " ".join(one.cmdline()) for one in psutil.Process(up).children(recursive=True)}
     marks = {"serve": ("main serve", "service.web.process"), "Valkey": ("valkey-server",), "work": ("main work",)}
-    groups = {
+    found = {
         name: [pid for pid, line in words.items() if any(mark in line for mark in wanted)]
         for name, wanted in marks.items()
     }
-    if not all(groups.values()):
+    if not all(found.values()):
         raise SystemExit(f"can't tell the processes of voucherd up apart: {sorted(words.values())}")
-    return groups
+    return found
 
 
 def _ready(demo: Path, up: subprocess.Popen[bytes]) -> bool:

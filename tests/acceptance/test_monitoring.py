@@ -17,11 +17,14 @@ import yaml
 from deploy.grafana import dashboard
 from service import metrics
 from tests.acceptance.service import Service
+from tests.acceptance.test_loadtest import loadtest
 from tests.acceptance.test_up import until
 from tests.servers import free_port
 
 PROMETHEUS = Path(__file__).parents[2] / "deploy" / "prometheus"
 SPAN = "[20s]"  # what Grafana would put in for a scrape every second, and a little more for a busy machine
+PANELS_S = 30.0  # until every panel has data, after a load test
+STORM_CODES = 20  # so few that a retry storm can't come to its objective
 
 
 class Prometheus:
@@ -77,7 +80,7 @@ def prometheus(running: Service, tmp_path: Path) -> Iterator[Prometheus]:
 
 @pytest.mark.parametrize("running", ["sqlite"], indirect=True)
 async def test_no_metric_is_missing_no_rule_fails_and_no_panel_is_empty(
-    running: Service, prometheus: Prometheus
+    running: Service, prometheus: Prometheus, tmp_path: Path
 ) -> None:
     running.at_once = asyncio.Semaphore(32)
     await running.furnish(60)
@@ -113,19 +116,35 @@ async def test_no_metric_is_missing_no_rule_fails_and_no_panel_is_empty(
     assert {rule["name"] for rule in rules()} >= {"VoucherdPoolIsEmpty", "VoucherdWorkerGone", "VoucherdBooksDiffer"}
     until(lambda: _firing(rules()) == {"VoucherdPoolIsEmpty"}, "the alert of the empty pool, and no other")
 
+    storm = loadtest(
+        "retry-storm", tmp_path, "--url", f"http://127.0.0.1:{running.port}", "--ops-url",
+        f"http://127.0.0.1:{running.ops_port}", "--voucherd", str(running.program), "--seconds", "4",
+        "--codes", str(STORM_CODES), **settings_of(running),
+    )  # fmt: skip
     empty = {title for title, _ in dashboard.expressions()}
-    for number in range(20):
-        async with running.control_plane() as (database, scripts):
-            await running.stock_up(database, scripts, f"more-{number}", 5)
-        await some_of_everything()
+
+    def shown() -> bool:
         for title, expression in dashboard.expressions():  # fails for one that Prometheus can't read
             if any(not math.isnan(value) for value in prometheus.values(expression.replace(dashboard.OVER, SPAN))):
                 empty.discard(title)
-        if not empty:
-            break
-        await asyncio.sleep(1.0)  # a scrape
-    assert not empty, "panels without data"
+        print("panels without data:", *sorted(empty))
+        return not empty
+
+    until(shown, "data in every panel", PANELS_S)
+
+    # Its codes were gone before its end, so it can't have come to the vouchers that it asks for: that, and no more.
+    assert storm.status == 1, storm.said
+    report = storm.report("retry-storm")
+    assert {one["what"] for one in report["objective"] if not one["met"]} == {"vouchers a second"}, storm.said
+    assert report["violations"] == [] and report["audited"]
+    assert report["vouchers"] == STORM_CODES
+    assert report["kinds"]["timed out"][0] > 100
     running.stop()
+
+
+def settings_of(running: Service) -> dict[str, str]:
+    """Where its Redis and its store are, for commands."""
+    return {name: value for name, value in running.environment.items() if name.startswith("VOUCHERD_")}
 
 
 def _firing(rules: list[dict[str, Any]]) -> set[str]:
