@@ -2,7 +2,8 @@
 
 Two installations of `voucherd up`, asked in turn: one as `make bench` has it, and one that grows from line to line.
 Each line keeps what the ones before have added: campaigns and distributors with a token each, codes in stock, replay
-records, and records that expire as fast as new ones are made.  Then a catalogue of that size is published under load.
+records, and records that expire as fast as new ones are made.  Then, under load, a catalogue of that size is published,
+and the metrics of all that are scraped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,9 +40,12 @@ from service.scripts import Scripts
 
 FLAT = 1.15  # the target: what a voucher may cost at most, over what it costs in the small installation
 DELAY_MS_MAX, IN_FORCE_S_MAX = 50.0, 3.0  # of a publication: what it delays any request by, and until it is in force
+SCRAPE_S_MAX, SCRAPE_DELAY_MS_MAX = 0.2, 20.0  # of a scrape of 10,000 series: how long it takes, and what it delays
+SCRAPE_EVERY_S = 0.5
 CONNECTIONS, CONNECTIONS_OPEN = 64, 256
-LOAD_SHARE = 0.5  # of the saturated rate: the load under which something is published
-LINES_MAX = 16  # more than there are, the load of the publication and what is repeated among them
+LOAD_SHARE = 0.5  # of the saturated rate: the load under which something is published, and scraped
+LOADS = 3
+LINES_MAX = 16  # more than there are, and what is repeated among them
 ATTEMPTS_MAX = 5  # of one measurement: a disk that stands still for seconds makes any service refuse
 PATIENCE_MS = 60_000  # for a server that takes in millions of records
 EXPIRE_S = 60  # records that expire do so evenly over so many seconds
@@ -66,13 +71,17 @@ class Line(msgspec.Struct, frozen=True):
         return statistics.median(large / small for small, large in zip(self.small_us, self.large_us, strict=True))
 
 
-class Publication(msgspec.Struct, frozen=True):
-    """What a publication did: the longest that any request took in ms, without one and with one, and seconds until its
-    command returned, which is when the catalogue is in force."""
+class Loaded(msgspec.Struct, frozen=True):
+    """The same load three times: the longest that any request took in ms without anything beside it, with a publication
+    (``command_s`` until its command returned, which is when the catalogue is in force), and with scrapes of so many
+    ``series``, the longest of which took ``scrape_s``."""
 
     calm_ms: float
     published_ms: float
     command_s: float
+    scraped_ms: float
+    series: int
+    scrape_s: float
 
 
 def main() -> int:
@@ -102,9 +111,9 @@ def main() -> int:
             says(f"measuring: {name}")
             lines.append(line := _line(name, small, large, of_small, of_large, options))
             console.print(f"{name}: {line.ratio:.2f}")  # it takes a quarter of an hour: what is known is told
-        progress.update(task, description="publishing under load")
-        publication = _publication(large, options)
-    return _print(lines, publication, options)
+        progress.update(task, description="publishing and scraping under load")
+        loaded = _loaded(large, options)
+    return _print(lines, loaded, options)
 
 
 @contextmanager
@@ -196,15 +205,19 @@ def _cpu_us(up: Voucherd, requests: Requests, count: int) -> tuple[float, int]:
     raise SystemExit(f"not every answer was 200: {seen.statuses}")
 
 
-def _publication(up: Voucherd, options: argparse.Namespace) -> Publication:
-    """A campaign is paused while requests come at half of the saturated rate."""
+def _loaded(up: Voucherd, options: argparse.Namespace) -> Loaded:
+    """Requests come at half of the saturated rate, while a campaign is paused and while metrics are scraped."""
     vouchers = up.vouchers()
     rate = LOAD_SHARE * options.requests / run("127.0.0.1", up.port, CONNECTIONS, options.requests, vouchers).seconds
-    up.settled()
-    count = int(rate * options.load)
-    calm = run("127.0.0.1", up.port, CONNECTIONS_OPEN, count, vouchers, rate=rate)
-    up.settled()
-    took: list[float] = []
+
+    up.stock(int(LOADS * rate * options.load))
+
+    def slowest_ms() -> float:
+        up.settled()
+        seen = run("127.0.0.1", up.port, CONNECTIONS_OPEN, int(rate * options.load), vouchers, rate=rate)
+        return seen.percentile(1.0) * 1e3
+
+    calm_ms, took, scrapes, series = slowest_ms(), list[float](), list[float](), 0
 
     def publish() -> None:
         began = time.monotonic()
@@ -212,20 +225,35 @@ def _publication(up: Voucherd, options: argparse.Namespace) -> Publication:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         took.append(time.monotonic() - began)
 
+    def scrape() -> None:
+        nonlocal series
+        while not over.wait(SCRAPE_EVERY_S):
+            began = time.monotonic()
+            with urllib.request.urlopen(f"{up.demo['ops_url']}/metrics") as answer:  # noqa: S310
+                text = answer.read()
+            scrapes.append(time.monotonic() - began)
+            series = text.count(b"\n") - text.count(b"\n#")
+
     publishing = threading.Timer(options.load / 4, publish)
     publishing.start()
-    busy = run("127.0.0.1", up.port, CONNECTIONS_OPEN, count, vouchers, rate=rate)
+    published_ms = slowest_ms()
     publishing.join()
-    if not took:
-        raise SystemExit("the campaign could not be paused")
-    return Publication(calm.percentile(1.0) * 1e3, busy.percentile(1.0) * 1e3, took[0])
+    over, scraping = threading.Event(), threading.Thread(target=scrape)
+    scraping.start()
+    scraped_ms = slowest_ms()
+    over.set()
+    scraping.join()
+    if not took or not scrapes:
+        raise SystemExit("the campaign could not be paused, or nothing was scraped")
+    return Loaded(calm_ms, published_ms, took[0], scraped_ms, series, max(scrapes))
 
 
-def _print(lines: Sequence[Line], publication: Publication, options: argparse.Namespace) -> int:
+def _print(lines: Sequence[Line], loaded: Loaded, options: argparse.Namespace) -> int:
     targets = [line.ratio <= FLAT for line in lines]
-    delay = publication.published_ms - publication.calm_ms
-    targets += [delay <= DELAY_MS_MAX, publication.command_s <= IN_FORCE_S_MAX]
-    keep(options.json, {"lines": lines, "publication": publication, "met": targets})
+    delay, scrape_delay = loaded.published_ms - loaded.calm_ms, loaded.scraped_ms - loaded.calm_ms
+    targets += [delay <= DELAY_MS_MAX, loaded.command_s <= IN_FORCE_S_MAX]
+    targets += [loaded.scrape_s <= SCRAPE_S_MAX, scrape_delay <= SCRAPE_DELAY_MS_MAX]
+    keep(options.json, {"lines": lines, "loaded": loaded, "met": targets})
     table = Table(
         title=f"CPU us a voucher, medians of {options.rounds} rounds; a line keeps what those before added",
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
@@ -242,12 +270,17 @@ def _print(lines: Sequence[Line], publication: Publication, options: argparse.Na
         )  # fmt: skip
     Console().print(table)
     print(
-        f"a publication delays a request by {delay:.0f} ms (slowest {publication.published_ms:.0f}, without one "
-        f"{publication.calm_ms:.0f}), at most {DELAY_MS_MAX:g}: {verdict(delay <= DELAY_MS_MAX)}"
+        f"a publication delays a request by {delay:.0f} ms (slowest {loaded.published_ms:.0f}, without one "
+        f"{loaded.calm_ms:.0f}), at most {DELAY_MS_MAX:g}: {verdict(delay <= DELAY_MS_MAX)}"
     )
     print(
-        f"it is in force after {publication.command_s:.1f} s, the command's start included, at most "
-        f"{IN_FORCE_S_MAX:g}: {verdict(publication.command_s <= IN_FORCE_S_MAX)}"
+        f"it is in force after {loaded.command_s:.1f} s, the command's start included, at most "
+        f"{IN_FORCE_S_MAX:g}: {verdict(loaded.command_s <= IN_FORCE_S_MAX)}"
+    )
+    print(
+        f"a scrape of {loaded.series:,} series takes {loaded.scrape_s:.3f} s, at most {SCRAPE_S_MAX:g}: "
+        f"{verdict(loaded.scrape_s <= SCRAPE_S_MAX)}; it delays a request by {scrape_delay:.0f} ms (slowest "
+        f"{loaded.scraped_ms:.0f}), at most {SCRAPE_DELAY_MS_MAX:g}: {verdict(scrape_delay <= SCRAPE_DELAY_MS_MAX)}"
     )
     return 0 if all(targets) else 1
 
