@@ -1,8 +1,8 @@
 """What is kept, in bytes: `make bench-memory`.
 
 Replay records and codes in a window, on the wheel's Valkey and on Redis 7 where it is installed, as the difference of
-the server's own ``used_memory``; then the resident memory of a serving process with a thousand campaigns while it
-answers two million requests.
+the server's own ``used_memory``, and how fast such records are read back when the server is restarted; then the
+resident memory of a serving process with a thousand campaigns while it answers two million requests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.box import SIMPLE_HEAD
@@ -44,15 +46,22 @@ CAMPAIGNS, SERVE_MB_MAX = 1_000, 100.0
 # due, or one more arena of the allocator, makes.
 DRIFT_MB_MAX = 3.0
 SAMPLES = 10
+LOOK_S = 0.05
 CONNECTIONS = 64
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """Bytes that ``server`` takes for one of many replay records, and for one of many codes in a window."""
+    """Bytes that ``server`` takes for one of many replay records, and for one of many codes in a window.  Of a restart
+    with these records: bytes of one in the append-only file as it was written, and MB of it that are read back in a
+    second; bytes of one in a rewritten file, and records of it that are read back in a second."""
 
     server: str
     record: float
     code: float
+    written_bytes: float
+    written_mb_s: float
+    rewritten_bytes: float
+    rewritten_a_s: float
 
 
 class Grown(msgspec.Struct, frozen=True):
@@ -90,28 +99,61 @@ def _kept(name: str, binary: Path, count: int) -> Kept:
 
 
 async def _filled(name: str, server: RedisServer, count: int) -> Kept:
-    redis = connect(server.url, timeout_ms=30_000)
-    try:
-        scripts = Scripts(redis)
-        await redis.config_set("appendfsync", "no")  # nothing of this has to survive
-        await scripts.open(await scripts.generation(), 1, version=1, restoring=False)
-        empty = await _used(redis)
+    server.options["auto-aof-rewrite-percentage"] = "0"  # its file is what was written, after a restart too
+    async with _emptied(server) as scripts:
+        empty = await _used(scripts.redis)
         await more_records(scripts, count, generation=1)
-        with_records = await _used(redis)
-        last = ""
+        record = (await _used(scripts.redis) - empty) / count
+        written = (await scripts.redis.info("persistence"))["aof_current_size"]
+    written_s = _restarted(server)
+    async with _connected(server) as redis:
+        await redis.bgrewriteaof()
+        while (seen := await redis.info("persistence"))["aof_rewrite_in_progress"] or seen["aof_rewrite_scheduled"]:
+            await asyncio.sleep(LOOK_S)
+        rewritten = seen["aof_base_size"]
+    rewritten_s = _restarted(server)
+    async with _emptied(server) as scripts:
+        empty, last = await _used(scripts.redis), ""
         for start in range(0, count, LEASE_CODES_MAX):
             numbers = range(start, min(start + LEASE_CODES_MAX, count))
             codes = [Code(int(time.time()) + NEVER_S, 1, n, f"PSCF-XYZ-{n:06d}", f"SER-{n:06d}") for n in numbers]
             await scripts.restock(CAMPAIGN, str(start), last, codes, generation=1, stock_version=1, low_water=20)
             last = str(start)
-        with_codes = await _used(redis)
-        return Kept(name, (with_records - empty) / count, (with_codes - with_records) / count)
+        code = (await _used(scripts.redis) - empty) / count
+    return Kept(name, record, code, written / count, written / written_s / 1e6, rewritten / count, count / rewritten_s)
+
+
+@asynccontextmanager
+async def _connected(server: RedisServer) -> AsyncIterator[Any]:
+    redis = connect(server.url, timeout_ms=30_000)
+    try:
+        yield redis
     finally:
         await redis.aclose()
 
 
-async def _used(redis: object) -> int:
-    return int((await redis.info("memory"))["used_memory"])  # type: ignore[attr-defined]
+@asynccontextmanager
+async def _emptied(server: RedisServer) -> AsyncIterator[Scripts]:
+    """There is nothing in it but an open generation."""
+    async with _connected(server) as redis:
+        await redis.flushall()
+        await redis.config_set("appendfsync", "no")  # nothing of this has to survive a power cut
+        await redis.config_set("auto-aof-rewrite-percentage", "0")
+        scripts = Scripts(redis)
+        await scripts.open(await scripts.generation(), 1, version=1, restoring=False)
+        yield scripts
+
+
+def _restarted(server: RedisServer) -> float:
+    """Seconds from its start until it answers."""
+    server.stop()
+    began = time.perf_counter()
+    server.start()
+    return time.perf_counter() - began
+
+
+async def _used(redis: Any) -> int:
+    return int((await redis.info("memory"))["used_memory"])
 
 
 def _grown(requests: int, progress: Progress, task: TaskID) -> Iterator[Grown]:
@@ -146,6 +188,11 @@ def _print(kept: list[Kept], grown: list[Grown], options: argparse.Namespace) ->
     for what, seen, limit in targets:
         table.add_row(what, f"{seen:.1f}", f"{limit:g}", verdict(seen <= limit))
     Console().print(table)
+    for one in kept:
+        print(
+            f"{one.server}, restart: {one.written_mb_s:.0f} MB/s of its file as written ({one.written_bytes:.0f} bytes "
+            f"a record), {one.rewritten_a_s:,.0f} records/s of a rewritten one ({one.rewritten_bytes:.0f} bytes each)"
+        )
     print("MB after so many requests: " + ", ".join(f"{one.requests:,}: {one.serve_mb:.0f}" for one in grown))
     return 0 if all(seen <= limit for _, seen, limit in targets) else 1
 

@@ -54,7 +54,8 @@ STATEMENT_S = 600.0
 
 class Measured(msgspec.Struct, frozen=True):
     """One store.  ``seconds`` from the beginning of the roll to the last record; ``longest_ms``: the longest that one
-    call of restore.lua held Valkey; ``issued`` meanwhile, one after the other, and how long the longest took."""
+    call of restore.lua held Valkey; ``issued`` meanwhile, one after the other, and how long the longest took.
+    ``ledger_bytes`` that one voucher takes in the store, with its indexes."""
 
     store: str
     records: int
@@ -64,6 +65,7 @@ class Measured(msgspec.Struct, frozen=True):
     issued: int
     issue_p50_ms: float
     issue_max_ms: float
+    ledger_bytes: float
 
     @property
     def met(self) -> bool:
@@ -139,9 +141,21 @@ async def _fill(database: Database, records: int, told: Any) -> None:
             await conn.exec_driver_sql("analyze requests, issuances")
 
 
+async def _ledger_bytes(database: Database) -> int:
+    """What the filled ledger takes: of SQLite the whole file, in which there is little else."""
+    sql = (
+        "select page_count * page_size from pragma_page_count, pragma_page_size"
+        if database.is_sqlite
+        else "select pg_total_relation_size('requests') + pg_total_relation_size('issuances')"
+    )
+    async with database.read() as conn:
+        return int((await conn.exec_driver_sql(sql)).scalar_one())
+
+
 async def _recovered(store: str, database: Database, redis: Any, told: Any, records: int) -> Measured:
     scripts = Scripts(redis)
     flush = Flush(database, scripts, consumer="bench", retention_s=RETENTION_S)
+    ledger_bytes = await _ledger_bytes(database) / records
     recover = Recover(database, scripts, flush, outbox_max=RECORDS, retention_s=RETENTION_S)
     await redis.config_set("slowlog-log-slower-than", SLOW_US)
     await redis.config_set("slowlog-max-len", SLOW_CALLS)
@@ -162,7 +176,7 @@ async def _recovered(store: str, database: Database, redis: Any, told: Any, reco
     calls = [call["duration"] for call in await redis.slowlog_get(SLOW_CALLS) if sha in str(call["command"])]
     return Measured(
         store, records, seconds, roll_s, max(calls, default=0) / 1e3, len(latencies),
-        latencies[len(latencies) // 2], latencies[-1],
+        latencies[len(latencies) // 2], latencies[-1], ledger_bytes,
     )  # fmt: skip
 
 
@@ -203,12 +217,22 @@ def _print(found: list[Measured], *, as_json: bool) -> int:
         print(msgspec.json.encode({"measured": found, "seconds_max": SECONDS_MAX, "met": met}).decode())
         return 0 if met else 1
     table = Table(title="Replay records restored from the ledger into an empty Valkey, issuing meanwhile")
-    for column in ("store", "records", "s", "roll, s", "longest call, ms", "issued", "p50, ms", "longest, ms"):
+    for column in (
+        "store",
+        "records",
+        "s",
+        "roll, s",
+        "longest call, ms",
+        "issued",
+        "p50, ms",
+        "longest, ms",
+        "ledger, B",
+    ):
         table.add_column(column, justify="left" if column == "store" else "right", no_wrap=True)
     for one in found:
         table.add_row(
             one.store, f"{one.records:,}", f"{one.seconds:.1f}", f"{one.roll_seconds:.1f}", f"{one.longest_ms:.1f}",
-            f"{one.issued:,}", f"{one.issue_p50_ms:.1f}", f"{one.issue_max_ms:.1f}",
+            f"{one.issued:,}", f"{one.issue_p50_ms:.1f}", f"{one.issue_max_ms:.1f}", f"{one.ledger_bytes:.0f}",
         )  # fmt: skip
     Console().print(table)
     for one in found:

@@ -36,6 +36,7 @@ def test_a_larger_installation_is_asked_for_all_that_it_has(tmp_path: Path) -> N
     ]  # fmt: skip
     assert "a publication delays a request by" in said
     assert "it is in force after" in said
+    assert "a scrape of " in said
 
 
 def test_neither_a_record_nor_a_code_is_larger_than_promised(tmp_path: Path) -> None:
@@ -45,3 +46,6 @@ def test_neither_a_record_nor_a_code_is_larger_than_promised(tmp_path: Path) -> 
     for one in kept:
         assert float(one["record"]) < (200 if one["server"] == "valkey-server" else 260), said
         assert float(one["code"]) < 60, said
+        assert 50 < float(one["rewritten_bytes"]) <= float(one["written_bytes"]), said
+        assert float(one["rewritten_a_s"]) > 10_000, said
+        assert float(one["written_mb_s"]) > 1, said
