@@ -26,6 +26,10 @@ PREFIX = "VOUCHERD_"
 # Seconds.  A signing key that was rotated away verifies for so long, whatever a process that signed with it was told.
 TOKEN_LIFETIME_S_MAX = 86_400
 
+# One replay record in memory, key and overhead included: what is planned with, twice what usual ones take
+# (`make bench-memory`: 205 in Valkey 9, 241 in Redis 7), for keys and ids may be longer.
+RECORD_BYTES = 512
+
 # Of one voucher in the outbox: some 250 on v1; on v3, with what a product says of its vouchers, about 700 if it comes
 # alone.
 ENTRY_BYTES = 1_024
@@ -127,6 +131,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes that may wait in the outbox of a partition, so that what was issued is refused before Redis' memory
         is full."""
         return self.outbox_bytes or ENTRY_BYTES * self.outbox_max
+
+    @property
+    def records_bytes(self) -> int:
+        """Bytes of Redis' memory that replay records of the planned rate may take over the retention."""
+        return self.planned_rate * self.replay_retention_s * RECORD_BYTES
 
     @property
     def low_water(self) -> int:

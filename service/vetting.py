@@ -17,12 +17,9 @@ from service.errors import Misconfigured, RedisUnreachable, ReplyMismatch, Scrip
 from service.line import connect
 from service.scripts import Scripts
 from service.settings import PREFIX, Settings
-from service.store.database import CONNECTIONS_MAX, Database
+from service.store.database import Database, connections_most
 
 log = structlog.get_logger()
-
-# One replay record in memory, key and overhead included (MEMORY USAGE of a v1 record with usual ids says 350 to 450).
-RECORD_BYTES: Final = 512
 
 # Every command that a script uses: a right that is missing half-way through a script destroys a code.
 COMMANDS: Final = (
@@ -30,9 +27,6 @@ COMMANDS: Final = (
     "lrem", "mget", "rpush", "set", "time", "unlink", "xack", "xadd", "xdel", "xlen", "xrange", "zadd",
     "zcard",
 )  # fmt: skip
-
-# Pools of connections to the store besides those of the serving processes: the worker's two and a command's.
-OTHER_POOLS: Final = 3
 
 # Seconds between two tries to look at a server that did not answer at the start of a process in production mode.
 RETRY_S: Final = 5.0
@@ -136,7 +130,7 @@ async def until_vetted(settings: Settings) -> None:
 
 async def _of_redis(scripts: Scripts, settings: Settings) -> Facts:
     """Raises RedisUnreachable, ReplyMismatch."""
-    facts = {"memory_needed": str(settings.planned_rate * settings.replay_retention_s * RECORD_BYTES)}
+    facts = {"memory_needed": str(settings.records_bytes)}
     wanted = [name for name, check in CHECKS.items() if check.server == "redis" and "CONFIG" in check.reads]
     try:
         for section in ("server", "replication", "persistence", "memory", "cluster"):
@@ -173,5 +167,5 @@ async def _of_store(database: Database, settings: Settings) -> Facts:
     reserved = sum(int(facts.pop(name, "0")) for name in ("superuser_reserved_connections", "reserved_connections"))
     if "max_connections" in facts:
         facts["max_connections"] = str(int(facts["max_connections"]) - reserved)
-    facts["connections_needed"] = str(CONNECTIONS_MAX * (settings.workers + OTHER_POOLS))
+    facts["connections_needed"] = str(connections_most(settings.workers, works=1))
     return facts

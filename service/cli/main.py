@@ -72,6 +72,10 @@ COMMANDS: Final = {
         "service.cli.reconcile:reconcile",
         "Hold what partners say they received against the ledger: matched, missing here, missing there, different.",
     ),
+    "capacity": Listed(
+        "service.cli.capacity:capacity",
+        "Say what a load needs: memory of Redis, cores, connections and rows of PostgreSQL, disks, time of a restart.",
+    ),
     "distributor": Listed(
         "service.cli.distributors:app", "Distributors: the partners whose terminals ask for vouchers."
     ),

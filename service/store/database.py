@@ -70,6 +70,12 @@ _UNREACHABLE_SQLITE: Final = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "S
 _T = TypeVar("_T")
 
 
+def connections_most(serving: int, works: int) -> int:
+    """Connections that so many serving processes, so many `voucherd work` (a patient pool besides each one's own) and
+    one command may have open to the store."""
+    return CONNECTIONS_MAX * (serving + 2 * works + 1)
+
+
 class Database:
     """The durable store behind one URL: a bounded pool of connections, opened when first needed."""
 

@@ -78,6 +78,6 @@ def test_no_command_is_without_help(words: list[str]) -> None:
 
 
 def test_a_misspelt_command_is_not_run_and_the_right_one_is_named() -> None:
-    refused = CliRunner().invoke(app, ["campain", "list"], prog_name="voucherd", env={"COLUMNS": "90"})
+    refused = CliRunner().invoke(app, ["campaigns", "list"], prog_name="voucherd", env={"COLUMNS": "90"})
     assert refused.exit_code == 2
-    assert "No such command 'campain'. Did you mean 'campaign'?" in refused.stderr
+    assert "No such command 'campaigns'. Did you mean 'campaign'?" in refused.stderr
