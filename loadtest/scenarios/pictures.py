@@ -89,7 +89,8 @@ def _rate(axes: Any, scenario: Scenario, outcome: Outcome, width: float) -> None
         series["others"] = [sum(count[kind] for kind in others) / width for count in counts]
     spare = iter(OTHER_COLOURS)
     colours = [COLOURS.get(kind) or next(spare, FAINT) for kind in series]
-    axes.stackplot(at, *series.values(), labels=list(series), colors=colours, step="post", linewidth=0)
+    heights = [[*height, height[-1]] for height in series.values()]  # the last step has an end, too
+    axes.stackplot([*at, at[-1] + width], *heights, labels=list(series), colors=colours, step="post", linewidth=0)
     begun, offered_at, offered = 0.0, list[float](), list[float]()
     for end, stage in zip(outcome.stages, scenario.stages, strict=True):
         offered_at += [begun, end]

@@ -47,6 +47,8 @@ class Watch:
 
     def _progress(self, elapsed: float, since_s: float) -> None:
         new = self.attempts[self._said_of :]
+        if not new:  # locust is starting, or all is over
+            return
         kinds = Counter(one.kind for one in new)
         p99_ms = percentile([one.seconds for one in new if one.status], 99) * 1e3
         told = "  ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(SHOWN_MAX))
