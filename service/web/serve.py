@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -44,6 +45,8 @@ STEADY_S: Final = 30.0  # after so long the next failure is a new one
 
 # Seconds that a process gets beyond drain_s to close its connections to Redis and the store; then it is killed.
 DRAIN_MARGIN_S: Final = 2.0
+
+LOCK: Final = "lock"  # in the directory of the metrics: held by the parent for as long as it lives
 
 VET_S: Final = 3.0  # Redis and the store are waited for so long before the port is opened; then they are away
 
@@ -242,11 +245,26 @@ def _metrics_directory() -> Iterator[Path]:
         given.mkdir(parents=True, exist_ok=True)
         yield given
         return
+    _remove_orphans(Path(tempfile.gettempdir()))
     directory = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with (directory / f"{LOCK}.new").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, directory / LOCK)  # so nobody ever finds it free while this parent lives
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_orphans(parent: Path) -> None:
+    """No directory of ours is left whose parent has ended, as it is when all processes were killed at once."""
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError):  # held, or gone meanwhile
+            if path.lstat().st_uid != os.geteuid():
+                continue  # nobody but its owner can have put anything into one of ours
+            with (path / LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _address(listener: socket.socket) -> tuple[str, int]:

@@ -30,11 +30,11 @@ Answer = tuple[int, dict[str, str], bytes]
 class Served:
     """One parent with its processes."""
 
-    def __init__(self, directory: Path, token: str, *arguments: str) -> None:
+    def __init__(self, directory: Path, token: str, *arguments: str, temporary: Path | None = None) -> None:
         self.token = token
         self.log = directory / "serve.log"  # one JSON object a line
-        self.temporary = directory / "tmp"
-        self.temporary.mkdir()
+        self.temporary = temporary or directory / "tmp"
+        self.temporary.mkdir(exist_ok=True)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.serving", *arguments],
@@ -93,10 +93,10 @@ class Served:
 def start(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     served: list[Served] = []
 
-    def make(*arguments: str) -> Served:
+    def make(*arguments: str, temporary: Path | None = None) -> Served:
         directory = tmp_path / str(len(served))
         directory.mkdir()
-        served.append(Served(directory, TOKEN, *arguments))
+        served.append(Served(directory, TOKEN, *arguments, temporary=temporary))
         return served[-1]
 
     yield make
@@ -298,6 +298,26 @@ def test_processes_never_outlive_a_killed_parent(start: Callable[..., Served]) -
     assert not list(served.temporary.iterdir())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(served.public)
+
+
+def test_what_killed_processes_leave_is_gone_with_the_next_start_and_nothing_of_those_that_live(
+    start: Callable[..., Served],
+) -> None:
+    first = start()
+    first.until_ready()
+    [left] = first.temporary.iterdir()
+    first.process.send_signal(signal.SIGSTOP)  # it starts nobody who would clean up after it
+    first.end()
+    assert left.exists()
+    second = start(temporary=first.temporary)
+    second.until_ready()
+    [own] = first.temporary.iterdir()
+    assert own != left
+    third = start(temporary=first.temporary)
+    third.until_ready()
+    assert own.exists()
+    assert second.voucher("req-1")[0] == 200
+    wait_until(lambda: second.value("voucherd_requests_total") == 1, "a request in the metrics")
 
 
 def test_process_told_to_end_drains_and_is_replaced(start: Callable[..., Served]) -> None:
