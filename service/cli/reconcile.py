@@ -20,6 +20,7 @@ from service.store import control, register
 from service.store.ledger import Wanted
 from service.worker import forms
 from service.worker import reconcile as reconciling
+from service.worker.adoption import Adoption
 from service.worker.export import csv_rows, whole_file
 from service.worker.partner_file import PartnerFile
 from service.worker.reconcile import Outcome, Reconciled, Result
@@ -66,8 +67,17 @@ def reconcile(
             show_default=False,
         ),
     ] = None,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why they are returned, for the audit log.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="With --return-unseen: do it.")] = False,
+    adopt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CAMPAIGN",
+            help="Take codes in quarantine that FILE names into the ledger, as issued by CAMPAIGN; shows how many, see "
+            "--yes.",
+            show_default=False,
+        ),
+    ] = None,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why that is done, for the audit log.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="With --return-unseen and --adopt: do it.")] = False,
     as_json: options.AsJson = False,
     data_dir: options.DataDir = None,
 ) -> None:
@@ -93,6 +103,11 @@ def reconcile(
     is to be named by --distributor, also one that is not assigned any more. It
     is refused if one is lacking, a line is unreadable, or a voucher of the
     ledger is missing there. Only what was lost before --until comes back.
+
+    --adopt takes FILE at its word: a code of the campaign's pool that is in
+    quarantine, and that a line names with its request_id, is in the ledger
+    then, for the one --distributor whose file it is. Nobody else gets it, and
+    nobody gets it again by a replay.
     """
     zone = options.typed(zones.zone, time_zone)
     wanted = Wanted(
@@ -101,14 +116,18 @@ def reconcile(
     )
     if wanted.until and wanted.until <= wanted.since:
         raise typer.BadParameter("the period ends before it begins: --until has to be later than --from")
-    if return_unseen is not None:
-        if starts is not None or not wanted.until or wanted.until > time.time():
-            raise typer.BadParameter("--return-unseen needs an --until that has passed, and no --from")
-        if not reason.strip() or not reason.isprintable():
-            raise typer.BadParameter("--return-unseen needs a --reason of printable text")
-    elif yes:
-        raise typer.BadParameter("--yes goes with --return-unseen")
     whose = sorted(set(distributor))
+    if return_unseen is not None and adopt is not None:
+        raise typer.BadParameter("--adopt first, and --return-unseen when that is done")
+    if return_unseen is not None and (starts is not None or not wanted.until or wanted.until > time.time()):
+        raise typer.BadParameter("--return-unseen needs an --until that has passed, and no --from")
+    if adopt is not None and len(whose) > 1:
+        raise typer.BadParameter("--adopt needs the file of one --distributor: that is who has the codes")
+    if return_unseen is None and adopt is None:
+        if yes:
+            raise typer.BadParameter("--yes goes with --return-unseen or --adopt")
+    elif not reason.strip() or not reason.isprintable():
+        raise typer.BadParameter("--return-unseen and --adopt need a --reason of printable text")
     names = ", ".join(whose)
     partner = PartnerFile(file)
 
@@ -125,10 +144,16 @@ def reconcile(
                     here.database, here.scripts, return_unseen, whose, wanted.until,
                     reason=reason, actor=actor(), rehearse=not yes,
                 )  # fmt: skip
+            adoption = None
+            if adopt is not None:
+                adoption = Adoption(
+                    here.database, here.scripts, adopt, whose[0], reason=reason, actor=actor(), rehearse=not yes
+                )
             with progress_bar("lines looked at") as progress:
                 done = await reconciling.reconcile(
-                    here.database, partner.lines(), wanted, whose, back=back, progress=progress, tell=write
-                )
+                    here.database, partner.lines(), wanted, whose, back=back, adoption=adoption, progress=progress,
+                    tell=write,
+                )  # fmt: skip
             async with here.database.write() as conn:
                 told = ", ".join(f"{done.of(one)} {_told(one)}" for one in OUTCOMES)
                 detail = f"file {partner.id[:16]}, {done.lines} lines: {told}"
@@ -145,8 +170,12 @@ def reconcile(
         reasons = [
             {"outcome": outcome, "reason": reason, "vouchers": count} for (outcome, reason), count in counted if reason
         ]
-        returned = {} if return_unseen is None else {"unseen": done.returned, "returned": yes}
-        print_json({"distributors": whose, "lines": done.lines, **figures, "reasons": reasons, **returned})
+        changed: dict[str, object] = {}
+        if return_unseen is not None:
+            changed = {"unseen": done.returned, "returned": yes}
+        elif adopt is not None:
+            changed = {"adoptable": done.adopted, "adopted": yes}
+        print_json({"distributors": whose, "lines": done.lines, **figures, "reasons": reasons, **changed})
     else:
         print_table(
             ["outcome", "reason", "vouchers"],
@@ -157,7 +186,11 @@ def reconcile(
             say(f"{done.returned:,} codes of {return_unseen} that nobody received are in stock again.")
         elif return_unseen is not None:
             say(f"{done.returned:,} codes of {return_unseen} in quarantine are not in {file}: --yes returns them.")
-    off = sum(done.of(one) for one in OUTCOMES if one not in ("matched", "repeated"))
+        elif adopt is not None and yes:
+            say(f"{done.adopted:,} codes that {names} received are in the ledger now, as issued by {adopt}.")
+        elif adopt is not None:
+            say(f"{done.adopted:,} codes in quarantine are in {file} with their request_id: --yes adopts them.")
+    off = sum(done.of(one) for one in OUTCOMES if one not in ("matched", "repeated")) - yes * done.adopted
     if not off:
         if not as_json:
             say(f"{names} and the ledger say the same.")

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Period, period_start
 from service.domain import CapHolder
-from service.store.flush import DOUBLE_ISSUE
+from service.store.flush import ADOPTED, DOUBLE_ISSUE
 from service.store.generations import CLOSED
 from service.store.schema import (
     WAY,
@@ -366,6 +366,8 @@ async def _exceeded(conn: AsyncConnection, cap: _Cap) -> list[OverCap]:
     given = func.sum(requests.c.quantity)
     before = func.sum(case((requests.c.issued_at < change, requests.c.quantity), else_=0))
     counted = [requests.c.campaign == cap.campaign, requests.c.issued_at >= begin]
+    if cap.holder == "terminal":
+        counted.append(requests.c.api != ADOPTED)  # nobody knows at which terminals these were
     if cap.distributor and cap.holder != "campaign":
         counted.append(requests.c.distributor == cap.distributor)
     quarter = requests.c.issued_at // QUARTER_S if cap.period != "total" else literal(0)

@@ -51,6 +51,10 @@ QUARANTINE: Final = "quarantine"  # a generation was left with codes of a pool t
 # once came by, nobody knows (``recreation``).  No partition ever has a generation 0.
 RECREATED: Final = 0
 
+# API of requests that are in the ledger by a partner's word alone (``adoption``): nobody knows by which API it was
+# told, at which terminal, nor the answer.  So no replay is ever made of one, and no lookup by a real API finds it.
+ADOPTED: Final = "adopted"
+
 # A round is lost only to another worker that commits some of the same rows meanwhile, and what it committed is seen
 # by the next round.  Two rounds are enough; the rest is for what nobody thought of.
 ROUNDS_MAX: Final = 5
@@ -285,21 +289,34 @@ async def _crosses(conn: AsyncConnection, rows: Rows) -> bool:
 
 
 async def _take_their_places(conn: AsyncConnection, rows: Rows) -> None:
-    """What was recreated of these very requests is gone: their own entries have come after all."""
+    """What stood in for these very requests is gone, for they have come after all.
+
+    What was recreated stands in for an outbox entry with the same request, word for word.  What was adopted stands in
+    for whatever says that the same distributor was issued the same code under the same key: nobody knew more of it.
+    Anything else that has one of these codes stays, and is the one that had it first (``_doubles``).
+    """
     request_of = {row[:4]: row for row in rows.requests}
-    coming = {(row.lot, row.seq): request_of[*row[:3], row.request_ordinal] for row in rows.issuances}
+    coming = {(row.lot, row.seq): (row.digest, request_of[*row[:3], row.request_ordinal]) for row in rows.issuances}
     for positions in chunks(sorted(coming)):
-        recreated = await conn.execute(
-            select(issuances.c.lot, issuances.c.seq, requests)
+        standing_in = await conn.execute(
+            select(issuances.c.lot, issuances.c.seq, issuances.c.digest, requests)
             .join(requests, is_request_of(issuances))
             .where(issuances.c.generation == RECREATED, stock.at(issuances, positions))
         )
-        for lot, seq, *row in recreated.all():
-            held, came = RequestRow(*row), coming[lot, seq]
-            if came.generation != RECREATED and held.said[4:] == came.said[4:]:
+        for lot, seq, mark, *row in standing_in.all():
+            held, (came_mark, came) = RequestRow(*row), coming[lot, seq]
+            if held.api == ADOPTED:
+                same = came.api != ADOPTED and (mark, *_whose(held)) == (came_mark, *_whose(came))
+            else:
+                same = came.generation != RECREATED and held.said[4:] == came.said[4:]
+            if same:
                 for table in (issuances, requests):
                     way = (table.c[name] == value for name, value in zip(WAY[:3], held[:3], strict=True))
                     await conn.execute(delete(table).where(*way))
+
+
+def _whose(request: RequestRow) -> tuple[str, str]:
+    return request.distributor, request.key
 
 
 class _Holder(NamedTuple):

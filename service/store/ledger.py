@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain import Code, Record, Rule
 from service.store.database import chunks
 from service.store.entries import Entry, Way, unfit, way_of
-from service.store.flush import DOUBLE_ISSUE, QUARANTINE, Flushed, flush, lacking, park, raise_incident
+from service.store.flush import ADOPTED, DOUBLE_ISSUE, QUARANTINE, Flushed, flush, lacking, park, raise_incident
 from service.store.schema import WAY, codes, incidents, issuances, lots, requests
 from service.store.stock import digest
 
@@ -118,7 +118,7 @@ async def newest_first(
     the cursor to go on from, None begins.
 
     At most ``limit``; only an empty page says that it was the last, for a record whose codes are not all known can't
-    be told and is left out.
+    be told and is left out.  Nor can an adopted one: nobody knows the answer.
     """
     while True:
         # By time first, for an index bounds that at both ends: by position alone, the last page would read the whole
@@ -126,7 +126,9 @@ async def newest_first(
         # Plus 0: SQLite, which keeps no statistics, would go for the primary key, and so read all of the partition.
         # PostgreSQL, which does, would take that for a rare thing, and sort all that is left for each page.
         column = requests.c.partition + 0 if conn.dialect.name == "sqlite" else requests.c.partition
-        wanted = select(*_TOLD).where(column == partition, requests.c.issued_at >= issued_since)
+        wanted = select(*_TOLD).where(
+            column == partition, requests.c.issued_at >= issued_since, requests.c.api != ADOPTED
+        )
         if before is not None:
             position = tuple_(*(requests.c[name] for name in ("issued_at", *WAY[1:])))
             wanted = wanted.where(requests.c.issued_at <= before[0], position < before)

@@ -11,12 +11,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store import stock
 from service.store.database import chunks
-from service.store.flush import is_request_of
+from service.store.flush import ADOPTED, is_request_of
 from service.store.generations import CLOSED
 from service.store.schema import codes, generations, incidents, issuances, leases, requests, set_asides
 
-# ``out``: in a window, or issued and on its way to the ledger.  The reasons of ``set_asides`` are places too.
-Place = Literal["issued", "stored", "out", "quarantined", "little_life", "withdrawn", "taken_back", "incident"]
+# ``adopted``: issued, by a partner's word (``adoption``).  ``out``: in a window, or issued and on its way to the
+# ledger.  The reasons of ``set_asides`` are places too.
+Place = Literal[
+    "issued", "adopted", "stored", "out", "quarantined", "little_life", "withdrawn", "taken_back", "incident"
+]
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -38,13 +41,13 @@ async def known(conn: AsyncConnection, digests: Sequence[bytes]) -> dict[bytes, 
     for some in chunks(list(dict.fromkeys(digests))):
         issued = await conn.execute(
             select(
-                issuances.c.digest, requests.c.pool, issuances.c.lot, issuances.c.seq, requests.c.distributor,
-                requests.c.key, issuances.c.voucher_id, requests.c.issued_at,
+                issuances.c.digest, requests.c.api, requests.c.pool, issuances.c.lot, issuances.c.seq,
+                requests.c.distributor, requests.c.key, issuances.c.voucher_id, requests.c.issued_at,
             )
             .join(requests, is_request_of(issuances))
             .where(issuances.c.digest.in_(some))
         )  # fmt: skip
-        found.update((mark, Known("issued", *rest)) for mark, *rest in issued)
+        found.update((mark, Known("adopted" if api == ADOPTED else "issued", *rest)) for mark, api, *rest in issued)
         left = [mark for mark in some if mark not in found]
         if not left:
             continue

@@ -120,6 +120,14 @@ async def campaign(conn: AsyncConnection, id: str) -> Registered:
     return _called("campaign", id, rules)
 
 
+async def rule(conn: AsyncConnection, id: str) -> Registered:
+    """The campaign of this id, or the one that the product of this code is issued by.  Raises NotFound."""
+    rules, _ = await _rules(conn)
+    if id not in rules:
+        raise NotFound(f"there is no campaign {id}: see `voucherd campaign list`")
+    return rules[id]
+
+
 async def all_products(conn: AsyncConnection) -> list[tuple[Product, Registered]]:
     """Every product, by its code, and the campaign that it is issued by, as the catalogue would be published now."""
     rules, sold = await _rules(conn)

@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,10 +26,14 @@ from service.store.ledger import Wanted
 from service.store.reconciling import Known
 from service.store.stock import digest
 from service.worker import patience
+from service.worker.adoption import Adoption
 from service.worker.partner_file import Line
 from service.worker.unseen import Back
 
 Outcome = Literal["matched", "different", "missing_here", "missing_there", "repeated", "unreadable"]
+
+ADOPTED: Final = "adopted"  # places, and reasons
+QUARANTINED: Final = "quarantined"
 
 # Lines that are looked up together: some statements of one IN list each.
 LINES_MAX: Final = 5_000
@@ -57,11 +61,12 @@ class Result(msgspec.Struct, frozen=True):
 
 class Reconciled(msgspec.Struct, frozen=True):
     """How many vouchers by outcome and reason, of ``lines`` in the file; ``returned``: codes that came back to stock
-    from quarantine, or would."""
+    from quarantine, or would; ``adopted``: codes that came from there into the ledger, or would."""
 
     lines: int
     counts: dict[tuple[Outcome, str], int]
     returned: int = 0
+    adopted: int = 0
 
     def of(self, outcome: Outcome) -> int:
         return sum(count for (one, _), count in self.counts.items() if one == outcome)
@@ -74,6 +79,7 @@ async def reconcile(
     distributors: Sequence[str],
     *,
     back: Back | None = None,
+    adoption: Adoption | None = None,
     progress: Callable[[int], None],
     tell: Callable[[Sequence[Result]], None],
 ) -> Reconciled:
@@ -81,8 +87,9 @@ async def reconcile(
     once: what the file says first, in its order, then what it lacks.
 
     ``wanted`` says of which period, and ``distributors`` whose file it is.  ``progress`` is told the lines looked at so
-    far.  All of it is one snapshot of the store; then ``back`` returns what the file proves to be nobody's.  Raises
-    StoreUnreachable, and what ``lines``, ``tell`` and ``back`` raise.
+    far.  All of it is one snapshot of the store; ``adoption`` adopts what the file names, page by page, so what is told
+    is what was before, and ``back`` returns at the end what the file proves to be nobody's.  Raises StoreUnreachable,
+    and what ``lines``, ``tell``, ``adoption`` and ``back`` raise.
     """
     counts: Counter[tuple[Outcome, str]] = Counter()
 
@@ -91,12 +98,18 @@ async def reconcile(
         tell(page)
 
     done = 0
+    if adoption is not None:
+        await adoption.begin()
     with _seen() as seen:
         async with database.read() as conn:
             iterator = iter(lines)
             while some := list(islice(iterator, LINES_MAX)):
                 patience.stop_if_cancelled()
-                count(await _here(conn, some, wanted, distributors, seen))
+                here = await _here(conn, some, wanted, distributors, seen)
+                count(here)
+                if adoption is not None:
+                    lost = (one.reason == QUARANTINED and one.outcome == "missing_here" for one in here)
+                    await adoption.adopt(list(compress(some, lost)))
                 done += len(some)
                 progress(done)
             for one in distributors:
@@ -104,7 +117,9 @@ async def reconcile(
                 async for page in ledger.earliest_first(conn, of_one):
                     patience.stop_if_cancelled()
                     count([_lacking(given) for given in page if not seen.has(digest(given.code))])
-        found = Reconciled(done, dict(counts))
+        if adoption is not None:
+            await adoption.end()
+        found = Reconciled(done, dict(counts), adopted=0 if adoption is None else adoption.adopted)
         if back is None:
             return found
         back.refuse_incomplete(found.of("unreadable") + found.of("missing_there"))
@@ -130,12 +145,14 @@ async def _here(
 def _judged(line: Line, one: Known | None, wanted: Wanted, distributors: Sequence[str]) -> tuple[Outcome, str]:
     if one is None:
         return "missing_here", "unknown code"
-    if one.place != "issued":
+    if one.place not in ("issued", ADOPTED):
         return "missing_here", one.place
     if one.distributor not in distributors:
         return "different", "issued to another distributor"
     if line.request_id and line.request_id != one.request_id:
         return "different", "another request_id"
+    if one.place == ADOPTED:
+        return "matched", ADOPTED  # the rest was taken from a line such as this
     if line.voucher_id is not None and line.voucher_id != one.voucher_id:
         return "different", "another voucher_id"
     if line.received_at is not None and line.received_at < one.issued_at - CLOCK_S:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +23,12 @@ from service.domain import Record
 from service.store import schema
 from service.worker import reconcile
 from service.worker.partner_file import Line
+from service.worker.refill import Refill
+from tests.acceptance.test_up import ROOT
+from tests.chaos.stage import POINTS
 from tests.integration.stage import Stage
 from tests.integration.typed import OnStage, ok, refused, run, stocked
+from tests.servers import wait_until
 
 CODES = 100
 
@@ -262,6 +271,53 @@ def test_a_late_flush_of_a_returned_code_is_an_incident_and_no_second_voucher(
     assert "was issued here, but before it was set aside" in doubled.detail
 
 
+LOST = 2_500  # codes in quarantine: some pages of what is returned at a time
+
+
+def test_return_that_was_killed_half_way_loses_no_code_and_returns_none_twice(store: OnStage, tmp_path: Path) -> None:
+    """A real process dies when the first page is in stock, before Redis knows."""
+    stocked(tmp_path, LOST + 10)
+
+    async def lose(stage: Stage) -> None:
+        refill = Refill(stage.database, stage.scripts, low_water=LOST, store_outage_s=1, clock=lambda: 0.0)
+        await refill.run_once()
+        answers = await stage.issue("req-0", "req-1", "req-2", "req-3")  # CODE-0000 to CODE-0003
+        assert {answer.status for answer in answers} == {"ISSUED"}
+        await stage.flush.run_once()
+        await stage.scripts.redis.flushall()
+        assert await stage.open() == 2
+
+    store(lose)
+    end = int(time.time()) + 1  # later than the loss
+    wait_until(lambda: time.time() > end, "the end of the second")
+    until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end))
+    received = _file(tmp_path, "code\n" + "".join(f"CODE-{number:04}\n" for number in range(4)))
+    command = (
+        "reconcile", received, "--distributor", "DIST-001", "--until", until, "--return-unseen", "CAMP-001",
+        "--reason", "lost", "--json", "--yes",
+    )  # fmt: skip
+    (tmp_path / "stock-before").touch()
+    died = subprocess.run(
+        [sys.executable, "-m", "service.cli.main", *command], capture_output=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(POINTS), str(ROOT))), "CHAOS_POINTS": str(tmp_path)},
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    [half] = orjson.loads(ok("codes", "count", "--json").stdout)
+    assert 0 < half["taken_back"] < half["taken_back"] + half["quarantined"], "it died half-way"
+    store(Stage.balanced)
+    rest = orjson.loads(ok(*command).stdout)["unseen"]
+    [whole] = orjson.loads(ok("codes", "count", "--json").stdout)
+    assert (whole["quarantined"], whole["taken_back"]) == (0, half["taken_back"] + rest)
+    assert rest == half["quarantined"]
+    store(Stage.balanced)
+
+    async def everything(stage: Stage) -> list[str]:
+        async with stage.database.read() as conn:
+            return list(await conn.scalars(select(schema.codes.c.code)))
+
+    assert sorted(store(everything)) == [f"CODE-{number:04}" for number in range(LOST + 10)]
+
+
 def test_what_is_no_proof_returns_nothing(store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stocked(tmp_path, CODES)
     store(_lost)
@@ -287,3 +343,122 @@ def test_what_is_no_proof_returns_nothing(store: OnStage, tmp_path: Path, monkey
         (*UNTIL, "--return-unseen", "CAMP-001"),
     ):
         assert run("reconcile", received, "--distributor", "DIST-001", *wrong).exit_code == 2
+
+
+# --- what a partner received all the same ---------------------------------------------------------------------------
+
+
+def _adopted(tmp_path: Path, text: str, *more: str) -> dict[str, Any]:
+    """By a file that lacks other vouchers."""
+    return _reconciled(_file(tmp_path, text), "--adopt", "CAMP-001", "--reason", "lost", *more, exit_code=1)
+
+
+def test_a_code_that_a_partner_received_is_in_the_ledger_once_and_nobody_elses(store: OnStage, tmp_path: Path) -> None:
+    stocked(tmp_path, CODES)
+    store(_lost)
+    lines = (
+        "code,request_id,voucher_id,received_at\nCODE-0000,req-0,,\n"
+        "CODE-0004,lost-1,,2027-01-01T00:00:00Z\nCODE-0005,lost-2,00000000-0000-4000-8000-000000000001,\n"
+    )
+    without_request = "CODE-0006,,,\n"
+    shown = _adopted(tmp_path, lines + without_request)
+    assert (shown["adoptable"], shown.get("adopted", False)) == (2, False)
+    assert orjson.loads(ok("codes", "count", "--json").stdout)[0]["quarantined"] == 36, "nothing was changed"
+    done = _adopted(tmp_path, lines + without_request, "--yes")
+    assert (done["adoptable"], done["adopted"]) == (2, True)
+    again = _adopted(tmp_path, lines, "--yes")
+    assert (again["reasons"], again.get("adoptable", 0)) == ({("matched", "adopted"): 2}, 0), "it was done before"
+    assert orjson.loads(ok("codes", "count", "--json").stdout)[0]["quarantined"] == 34
+    store(Stage.balanced)
+    [found] = orjson.loads(ok("ledger", "find", "--code", "CODE-0004", "--json").stdout)
+    assert (found["request_id"], found["distributor_id"], found["campaign_id"]) == ("lost-1", "DIST-001", "CAMP-001")
+
+    async def asked_again(stage: Stage) -> str:
+        [answer] = await stage.issue("lost-1")
+        await stage.flush.run_once()
+        return Record.unpack(answer.detail).codes[0].code
+
+    other = _adopted(tmp_path, "code,request_id\nCODE-0004,req-9\n", "--yes")
+    assert other["reasons"] == {("different", "another request_id"): 1}
+    store(lambda stage: stage.refill.run_once())
+    assert store(asked_again) == "CODE-0040", "nobody knows the answer that was lost, so the key gets another voucher"
+    given = store(Stage.issue_everything)
+    assert not {"CODE-0004", "CODE-0005"} & set(given)
+    store(Stage.balanced)
+    assert [one[:2] for one in store(_logged) if one[0] == "adopt"] == [("adopt", "CAMP-001")] * 3
+
+
+@pytest.mark.parametrize("by", ["DIST-001", "another key"])
+def test_a_late_entry_of_an_adopted_code_takes_its_place_if_it_is_the_same_and_is_an_incident_if_not(
+    store: OnStage, tmp_path: Path, by: str
+) -> None:
+    stocked(tmp_path, CODES)
+
+    async def lose(stage: Stage) -> list[Any]:
+        await _four_issued(stage)
+        await stage.issue("late")  # CODE-0004
+        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
+        await stage.scripts.redis.flushall()
+        assert await stage.open() == 2
+        return entries
+
+    entries = store(lose)
+    key = "late" if by == "DIST-001" else "claimed"
+    _adopted(tmp_path, f"code,request_id\nCODE-0004,{key}\n", "--yes")
+
+    async def late(stage: Stage) -> tuple[int, int]:
+        done = await stage.flush.settle(1, entries)
+        again = await stage.flush.settle(1, entries)
+        assert (again.codes, again.incidents) == (0, 0)
+        return done.codes, done.incidents
+
+    assert store(late) == ((1, 0) if by == "DIST-001" else (0, 1))
+    found = orjson.loads(ok("ledger", "find", "--code", "CODE-0004", "--json").stdout)
+    assert {(one["api"], one["request_id"], one["double"]) for one in found} == (
+        {("v1", "late", False)} if by == "DIST-001" else {("adopted", "claimed", False), ("v1", "late", True)}
+    )
+    if by == "DIST-001":
+        store(Stage.balanced)
+
+        async def replayed(stage: Stage) -> str:
+            [answer] = await stage.issue("late")
+            return f"{answer.status} {Record.unpack(answer.detail).codes[0].code}"
+
+        assert store(replayed) == "REPLAY CODE-0004"
+    else:
+        [doubled] = [one for one in store(lambda stage: stage.audit()).findings if one.promise == "P1"]
+        assert "was issued here, but before it was issued by campaign CAMP-001 in generation 0" in doubled.detail
+
+
+def test_no_adopted_request_is_restored_as_a_replay(store: OnStage, tmp_path: Path) -> None:
+    stocked(tmp_path, CODES)
+    store(_lost)
+    _adopted(tmp_path, "code,request_id\nCODE-0004,lost-1\n", "--yes")
+
+    async def lose_again(stage: Stage) -> set[str]:
+        await stage.scripts.redis.flushall()
+        assert await stage.open() == 3
+        return {key async for key in stage.scripts.redis.scan_iter("*lost-1")}
+
+    assert store(lose_again) == set()
+    store(Stage.balanced)
+
+
+def test_who_can_not_have_received_a_code_adopts_none(store: OnStage, tmp_path: Path) -> None:
+    stocked(tmp_path, CODES)
+    store(_lost)
+    ok("distributor", "create", "DIST-002", "--name", "Another")
+    received = _file(tmp_path, "code,request_id\nCODE-0004,lost-1\n")
+    adopt = ("--adopt", "CAMP-001", "--reason", "x", "--yes")
+    refused("reconcile", received, "--distributor", "DIST-002", *adopt, says="is assigned to no campaign of pool")
+    refused(
+        "reconcile", received, "--distributor", "DIST-001", "--adopt", "NONE", "--reason", "x",
+        says="there is no campaign NONE",
+    )  # fmt: skip
+    for wrong in (
+        (*adopt, "--distributor", "DIST-002"),
+        ("--adopt", "CAMP-001", "--yes"),
+        (*adopt, *UNTIL, "--return-unseen", "CAMP-001"),
+    ):
+        assert run("reconcile", received, "--distributor", "DIST-001", *wrong).exit_code == 2
+    assert orjson.loads(ok("codes", "count", "--json").stdout)[0]["quarantined"] == 36

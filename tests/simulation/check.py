@@ -158,11 +158,18 @@ class Truth:
             self.destroyed.discard(position)
         if position in self.pushed:
             self.broken("P1", f"code {position} came to a second window")
-        if code.code in self.given:
+        if code.code in self.given and not self._came_back(code.code):
             self.broken("P1", f"the code at {position} came to a second window, from another position")
         self.given.add(code.code)
         self.pushed[position] = int(found[1])
         self.codes[position] = code.code
+
+    def _came_back(self, code: str) -> bool:
+        """Wherever it stood before, it was returned to stock from there."""
+        return {position for position, one in self.codes.items() if one == code} <= self._returned()
+
+    def _returned(self) -> set[Position]:
+        return self._positions("select lot, seq, seq + 1 from set_asides where why = ?", TAKEN_BACK)
 
     def _count(self, record: Record) -> None:
         campaign, distributor = record.rule.campaign, record.distributor
@@ -364,10 +371,14 @@ class Truth:
         self._same(
             "P5", "leased to the open generation", leased_open & (window | issued | aside), "its leases", leased_open
         )
+        returned, told = self._returned(), self.told_positions()
         for position, record in self.left.items():
             if position in (issued if record else aside):
                 continue
-            if position not in self.destroyed:
+            if position in returned:  # from quarantine, by the word of partners that nobody received it
+                if position in told:
+                    self.broken("P1", f"code {position} was told to somebody, and is in stock again")
+            elif position not in self.destroyed:
                 self.broken("P2", f"code {position} was given and is not in the ledger, and nothing destroyed it")
             elif position not in quarantine | withdrawn and (position in imported or not self.store_was_older):
                 self.broken("P2", f"code {position} was given and lost, and is not in quarantine")
@@ -378,6 +389,11 @@ class Truth:
             self.broken("P2", f"an entry of ours was parked: {reason}")
         self._check_books(data, generation, window)
         self._check_keys()
+
+    def told_positions(self) -> set[Position]:
+        """Those of every voucher that any client was told of."""
+        records = (Record.unpack(answer.record) for answers in self.told.values() for answer in answers)
+        return {(code.lot, code.seq) for record in records for code in record.codes}
 
     def check_kept(self) -> int:
         """With an older store: every voucher that a client was told of is in the ledger or has its replay record.

@@ -38,10 +38,13 @@ from service.tokens import digest
 from service.web.preload import Preload
 from service.worker import flush as flushing
 from service.worker import patience, publish, repair, stocking, taking_back, withdrawing
+from service.worker.adoption import Adoption
 from service.worker.flush import Flush
+from service.worker.partner_file import Line
 from service.worker.publish import change, republish_once
 from service.worker.recover import Recover
 from service.worker.refill import Refill
+from service.worker.unseen import Back
 from service.worker.watch import Watch
 from tests.simulation.check import Happened, Limit, Truth, codes_in_outboxes, open_generation
 from tests.simulation.memory import Client, Data, Server
@@ -176,6 +179,13 @@ class World:
             self.is_older = False  # whoever says so from here on is wrong
             self.truth.store_was_repaired(self.pools)
         await self._quiet()
+        for distributor in DISTRIBUTORS:
+            if rng.random() < 0.4:
+                await self._adopt(distributor)
+        if rng.random() < 0.4:
+            for pool in self.pools:
+                await self._return_unseen(pool)
+            await self._quiet()
         await self._probe()
         await self._quiet()
         self.truth.check_quiet()
@@ -444,7 +454,9 @@ class World:
         end = self.loop.time() + duration
         while self.loop.time() < end:
             await asyncio.sleep(rng.uniform(0.05, 1.0))
-            what = rng.choice(("pause", "pause", "import", "import", "token", "revoke", "caps", "withdraw", "back"))
+            what = rng.choice(
+                ("pause", "pause", "import", "import", "token", "revoke", "caps", "withdraw", "back", "adopt")
+            )
             if what == "pause":
                 campaign = rng.choice(self.campaigns)
                 for paused in (True, False):
@@ -456,6 +468,8 @@ class World:
                 await self._command(self._withdraw, rng.choice(self.pools))
             elif what == "back":
                 await self._take_back(rng.choice(self.pools))
+            elif what == "adopt":
+                await self._adopt(rng.choice(DISTRIBUTORS))
             elif what == "token":
                 distributor = rng.choice(DISTRIBUTORS)
                 await self._make_token(distributor, self._new_token(distributor))
@@ -591,6 +605,61 @@ class World:
         )  # fmt: skip
         self.counts["taken back"] += done.returned
         return not done.unfinished
+
+    async def _adopt(self, distributor: str) -> None:
+        """What the distributor was told of vouchers of one campaign, by a file that names the keys."""
+        campaign, lines = self.rng.choice(self.campaigns), list[Line]()
+        for (client, key), answers in self.truth.told.items():
+            records = [Record.unpack(answer.record) for answer in answers if client == distributor]
+            lines += [
+                Line(len(lines), code.code, key, None, record.issued_at if self.rng.random() < 0.5 else None)
+                for record in records
+                if record.rule.campaign == campaign
+                for code in record.codes
+            ]
+        await self._command(self._adopt_lines, campaign, distributor, lines)
+
+    async def _adopt_lines(self, process: Process, campaign: str, distributor: str, lines: list[Line]) -> bool:
+        adoption = Adoption(
+            self.store.door(process), self.scripts(process), campaign, distributor,
+            reason="lost", actor="operator", rehearse=False, now=self.unix,
+        )  # fmt: skip
+        await adoption.begin()
+        await adoption.adopt(lines)
+        self.counts["adopted"] += adoption.adopted
+        await adoption.end()
+        return True
+
+    async def _return_unseen(self, pool: str) -> None:
+        """All clients have said what they received.  The command may die anywhere, and is then typed again."""
+        rng = self.rng
+        for _ in range(REPAIRS_MAX):
+            process = Process(f"return-{next(self.numbers)}")
+            command = self.scheduler.spawn(process, self._return(process, pool))
+            await asyncio.wait([command], timeout=rng.random() * 0.05 if rng.random() < 0.4 else None)
+            if not command.done():
+                self.counts["return unseen died"] += 1
+                await self._die(process)
+            elif not command.cancelled() and command.result():
+                self.truth.stock_known(pool)
+                return
+            await asyncio.sleep(rng.random())
+        self.truth.broken("rest", f"what nobody received is not in stock after {REPAIRS_MAX} times")
+
+    async def _return(self, process: Process, pool: str) -> bool:
+        told = (Record.unpack(one.record) for answers in self.truth.told.values() for one in answers)
+        received = {stock.digest(code.code) for record in told for code in record.codes}
+        back = Back(
+            self.store.door(process), self.scripts(process), pool, DISTRIBUTORS, self.unix() + 1,
+            reason="lost", actor="operator", rehearse=False, now=self.unix,
+        )  # fmt: skip
+        try:
+            self.counts["returned unseen"] += await back.run(received.__contains__)
+        except (Fault, Conflict) as fault:
+            self.counts[f"return unseen {type(fault).__name__}"] += 1
+            self.scheduler.note(process.name, type(fault).__name__, str(fault))
+            return False
+        return True
 
     # --- clients -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import signal
 import sys
 from functools import wraps
 
-SCRIPTS = ("issue", "flushed", "restock", "open", "restore", "publish")
+SCRIPTS = ("issue", "flushed", "restock", "open", "restore", "publish", "stock")
 
 
 def die_at(point: str) -> None:
