@@ -40,7 +40,7 @@ from service.store.entries import (
     unfit,
     way_of,
 )
-from service.store.schema import WAY, campaigns, incidents, issuances, parked, requests, set_asides
+from service.store.schema import WAY, WITHDRAWN, campaigns, incidents, issuances, parked, requests, set_asides
 
 DOUBLE_ISSUE: Final = "double_issue"
 CONFLICTING_ENTRY: Final = "conflicting_entry"
@@ -293,8 +293,13 @@ async def _take_their_places(conn: AsyncConnection, rows: Rows) -> None:
 
     What was recreated stands in for an outbox entry with the same request, word for word.  What was adopted stands in
     for whatever says that the same distributor was issued the same code under the same key: nobody knew more of it.
-    Anything else that has one of these codes stays, and is the one that had it first (``_doubles``).
+    What was withdrawn while it was in quarantine stands in for whatever had become of it before.  Anything else that
+    has one of these codes stays, and is the one that had it first (``_doubles``).
     """
+    everything: list[IssuanceRow | AsideRow] = [*rows.issuances, *rows.asides]
+    for positions in chunks(sorted({(row.lot, row.seq) for row in everything})):
+        sealed = (set_asides.c.generation == RECREATED, set_asides.c.why == WITHDRAWN)
+        await conn.execute(delete(set_asides).where(*sealed, stock.at(set_asides, positions)))
     request_of = {row[:4]: row for row in rows.requests}
     coming = {(row.lot, row.seq): (row.digest, request_of[*row[:3], row.request_ordinal]) for row in rows.issuances}
     for positions in chunks(sorted(coming)):

@@ -61,17 +61,27 @@ async def return_(
 
     The caller holds the partition's lock exclusively, and has seen that the outboxes they left by are empty.
     """
+    there = await set_aside(conn, partition, positions, TAKEN_BACK, now)
+    return await returning.put_back(conn, there, now), len(there)
+
+
+async def set_aside(
+    conn: AsyncConnection, partition: int, positions: Sequence[Position], why: str, now: int
+) -> list[Position]:
+    """Those of ``positions`` that are in quarantine are set aside for this reason instead.
+
+    The caller holds the partition's lock exclusively.
+    """
     there: list[Position] = []
     for some in chunks(positions):
         rows = await conn.execute(books.in_quarantine(codes.c.lot, codes.c.seq).where(stock.at(codes, some)))
         there += [(row.lot, row.seq) for row in rows]
-    if not there:
-        return {}, 0
-    seq = await recreation.last_seq(conn, partition) + 1
-    way = {"partition": partition, "generation": RECREATED, "outbox_seq": seq, "why": TAKEN_BACK, "flushed_at": now}
-    rows_ = [{**way, "ordinal": n, "lot": lot, "seq": at} for n, (lot, at) in enumerate(sorted(there))]
-    await conn.execute(insert(set_asides), rows_)
-    return await returning.put_back(conn, there, now), len(there)
+    if there:
+        seq = await recreation.last_seq(conn, partition) + 1
+        way = {"partition": partition, "generation": RECREATED, "outbox_seq": seq, "why": why, "flushed_at": now}
+        rows_ = [{**way, "ordinal": n, "lot": lot, "seq": at} for n, (lot, at) in enumerate(sorted(there))]
+        await conn.execute(insert(set_asides), rows_)
+    return there
 
 
 async def came_back(conn: AsyncConnection, positions: Sequence[Position]) -> set[Position]:

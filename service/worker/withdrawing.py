@@ -1,7 +1,7 @@
 """Withdrawing: codes that nobody may get any more leave stock and windows, and the books balance.
 
 First the store: what was not leased never will be.  What was leased is in a window of the open generation (if its
-lease has been applied, which is done first), on its way to the ledger, or in quarantine, where nobody gets it.  A
+lease has been applied, which is done first), on its way to the ledger, or in quarantine, from where it is set aside.  A
 code leaves a window by ``lua/withdraw.lua`` and reaches the store through the outbox, as everything that leaves one.
 """
 
@@ -15,8 +15,9 @@ from typing import Final
 import msgspec
 
 from service.scripts import Scripts
-from service.store import control, stock, withdrawal
-from service.store.database import Database
+from service.store import control, stock, unseen, withdrawal
+from service.store.database import Database, chunks
+from service.store.schema import WITHDRAWN
 from service.store.withdrawal import NAMED_MAX, Leased, Withdrawn
 from service.worker import patience
 from service.worker.currency import refuse_older
@@ -74,6 +75,11 @@ async def withdraw(
         total = _sum(total, done)
     left = await _leave_windows(database, scripts, refill, pool, total.leased)
     issued, aside = await _became(database, left.gone)
+    for some in chunks(left.quarantined):
+        async with database.write() as conn:
+            await unseen.lock(conn, scripts.partition)
+            positions = [(one.code.lot, one.code.seq) for one in some]
+            await unseen.set_aside(conn, scripts.partition, positions, WITHDRAWN, now())
     async with database.write() as conn:
         what = f"lot {lot}" if lot is not None else f"{len(named)} codes"
         detail = f"{what}: {total.stored} in stock, {left.taken} in windows; {reason}"
@@ -83,7 +89,7 @@ async def withdraw(
         stock=total.stored,
         windows=left.taken,
         before=total.before + aside,
-        quarantined=left.quarantined,
+        quarantined=len(left.quarantined),
         issued=total.issued + issued,
         on_the_way=len(left.gone) - issued - aside,
         unknown=total.unknown,
@@ -92,11 +98,12 @@ async def withdraw(
 
 
 class _Left(msgspec.Struct, frozen=True):
-    """What became of leased codes: ``taken`` out of a window now, ``gone`` from it before."""
+    """What became of leased codes: ``taken`` out of a window now, ``gone`` from it before; ``quarantined``: of windows
+    that were left."""
 
     taken: int
     gone: list[Leased]
-    quarantined: int
+    quarantined: list[Leased]
     unreached: int
 
 
@@ -104,11 +111,11 @@ async def _leave_windows(
     database: Database, scripts: Scripts, refill: Refill, pool: str, leased: Sequence[Leased]
 ) -> _Left:
     deadline = time.monotonic() + patience.UNREACHED_S
-    left, gone, taken, quarantined = list(leased), list[Leased](), 0, 0
+    left, gone, taken, quarantined = list(leased), list[Leased](), 0, list[Leased]()
     while left:
         seen = await scripts.generation()
         if seen.agrees:
-            quarantined += sum(one.generation != seen.open for one in left)
+            quarantined += [one for one in left if one.generation != seen.open]
             left = [one for one in left if one.generation == seen.open]
             done = 0
             if left and await all_applied(database, scripts, refill, pool, seen.open):

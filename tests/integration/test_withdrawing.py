@@ -15,6 +15,7 @@ from service import keys
 from service.domain import Record
 from service.store import schema, stock
 from service.worker import patience, withdrawing
+from service.worker.unseen import Back
 from tests.integration.stage import Stage
 from tests.integration.typed import OnStage, ok, refused, run, stocked
 
@@ -108,17 +109,38 @@ def test_a_lease_on_its_way_is_applied_first(store: OnStage, tmp_path: Path) -> 
     store(Stage.balanced)
 
 
-def test_what_was_lost_with_redis_is_in_quarantine_and_said_to_be(store: OnStage, tmp_path: Path) -> None:
+def test_what_was_lost_with_redis_is_said_to_be_in_quarantine_and_can_not_be_returned_from_there(
+    store: OnStage, tmp_path: Path
+) -> None:
     stocked(tmp_path, CODES)
 
-    async def lose(stage: Stage) -> None:
+    async def lose(stage: Stage) -> list[Any]:
         await stage.refill.run_once()
+        await stage.issue("lost")  # CODE-0000
+        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
         await stage.scripts.redis.flushall()
         assert await stage.open() == 2
+        return entries
 
-    store(lose)
-    assert _withdraw("--codes", _leaked(tmp_path, 5, 60)) == {"in_quarantine": 1, "withdrawn_from_stock": 1}
-    assert not store(_issue_everything) & _names(5, 60)
+    async def returned(stage: Stage) -> int:
+        back = Back(
+            stage.database, stage.scripts, "CAMP-001", ["DIST-001"], 2**40, reason="x", actor="test", rehearse=False
+        )
+        unseen = {stock.digest(code) for code in _names(0, 1, 5)}
+        return await back.run(lambda mark: mark not in unseen)
+
+    async def late(stage: Stage) -> None:
+        done = await stage.flush.settle(1, entries)
+        assert (done.codes, done.incidents) == (1, 0), "it had been issued before it was withdrawn"
+
+    entries = store(lose)
+    leaked = _leaked(tmp_path, 0, 5, 60)
+    assert _withdraw("--codes", leaked) == {"in_quarantine": 2, "withdrawn_from_stock": 1}
+    assert _withdraw("--codes", leaked) == {"withdrawn_before": 3}
+    assert store(returned) == 1, "one that was not withdrawn"
+    store(late)
+    assert _withdraw("--codes", leaked) == {"issued_already": 1, "withdrawn_before": 2}
+    assert not store(_issue_everything) & _names(0, 5, 60)
     store(Stage.balanced)
 
 

@@ -31,7 +31,7 @@ from service.domain import (
 )
 from service.scripts import parse_separated
 from service.store.inspection import SETTLED
-from service.store.schema import TAKEN_BACK
+from service.store.schema import TAKEN_BACK, WITHDRAWN
 from tests.simulation.memory import Data, Server, Stream
 
 Position = tuple[int, int]  # lot, seq
@@ -237,11 +237,10 @@ class Truth:
             self.stock_known(pool)
 
     def in_ledger(self) -> set[Position]:
-        """What the store knows of codes that left a window."""
-        return {
-            (lot, seq)
-            for lot, seq in self._peek("select lot, seq from issuances union select lot, seq from set_asides")
-        }
+        """What the store knows of codes that left a window, but for what was withdrawn from quarantine: of that it does
+        not know what had become of it."""
+        known = "select lot, seq from issuances union select lot, seq from set_asides where generation > 0 or why <> ?"
+        return {(lot, seq) for lot, seq in self._peek(known, WITHDRAWN)}
 
     # --- what operators did --------------------------------------------------------------------------------------
 
@@ -360,7 +359,8 @@ class Truth:
         issued = self._positions("select lot, seq, seq + 1 from issuances")
         aside = self._positions("select lot, seq, seq + 1 from set_asides")
         window = codes_in_windows(data, generation)
-        quarantine = leased - leased_open - issued - aside
+        sealed = self._positions("select lot, seq, seq + 1 from set_asides where generation = 0 and why = ?", WITHDRAWN)
+        quarantine = leased - leased_open - issued - (aside - sealed)
         self._same("P5", "imported", imported, "stored, leased and withdrawn", unleased | leased | withdrawn)
         self._same("P5", "known", coded | withdrawn | issued | aside, "imported", imported)
         self._apart("P5", "stored", unleased, "leased", leased)
