@@ -1,4 +1,5 @@
-"""What stands between voucherd and Redis: passes bytes on, until it is told to hold them, to lose them or to cut.
+"""What stands between voucherd and Redis: passes bytes on, until it is told to hold them, to delay them, to lose
+them or to cut.
 
 Also the one address behind which servers change: connections made later go to ``upstream`` as it is then.
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import cast
+from typing import Final, cast
+
+APART_S: Final = 1e-6  # between two pieces of one connection that are late: they keep their order
 
 
 class Relay:
@@ -19,6 +22,7 @@ class Relay:
         self.refusing = False  # connections are accepted and aborted at once
         self.deaf = False  # what Redis says is lost
         self.lost = 0  # bytes that were
+        self.delay_s = 0.0  # what Redis says arrives so much later
         self._open = True
         self._ends: set[_End] = set()
         self.port = 0
@@ -139,10 +143,17 @@ class _Redis(_End):
     def __init__(self, relay: Relay, client: _Client) -> None:
         super().__init__(relay)
         self.peer = client
+        self._due = 0.0  # when what Redis said last arrives
 
     def data_received(self, data: bytes) -> None:
         assert self.peer is not None
         if self.relay.deaf:
             self.relay.lost += len(data)
-        else:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._due = max(now + self.relay.delay_s, self._due + APART_S)
+        if self._due <= now:
             self.peer.say(data)
+        else:
+            loop.call_at(self._due, self.peer.say, data)

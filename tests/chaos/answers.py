@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.chaos.client import UNKNOWN, Answer, Call, read
+from tests.chaos.client import UNKNOWN, UNTOLD, Answer, Call, read
 
 Key = tuple[str, str]  # distributor, request id
 
@@ -90,7 +90,7 @@ class Answers:
                 self.unanswered.add(key)
                 if answer is not None:
                     self._count(answer)
-                    if answer.status == 500:
+                    if answer.status == 500 or answer.code.endswith(UNTOLD):
                         self.odd.append(f"500 {answer.code} to {call.key} at {answer.at:.3f}")
                 continue
             self._count(answer)

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import heapq
 import random
+import resource
 import sys
 import time
 import uuid
@@ -35,6 +36,8 @@ RETRY_S: Final = (0.02, 0.5)  # pause before a call is made again, twice as long
 SAY_S: Final = 1.0
 
 UNKNOWN: Final = frozenset({0, 429, 500, 502, 503, 504})  # statuses after which the same key is sent again
+TOLD_WHEN: Final = frozenset({429, 503})  # statuses that have to say when
+UNTOLD: Final = " without Retry-After"  # what the code of one that does not ends with
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -138,13 +141,13 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self._buffer = b""
-        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._answer: asyncio.Future[tuple[int, bytes, bytes]] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
-    async def ask(self, data: bytes) -> tuple[int, bytes]:
-        """Raises OSError or TimeoutError; the connection is of no use then."""
+    async def ask(self, data: bytes) -> tuple[int, bytes, bytes]:
+        """Status, head in lower case, and body.  Raises OSError or TimeoutError; the connection is of no use then."""
         if self.transport is None or self.transport.is_closing():
             raise ConnectionResetError
         self._answer = asyncio.get_running_loop().create_future()
@@ -158,10 +161,11 @@ class _Connection(asyncio.Protocol):
         head = self._buffer.find(b"\r\n\r\n")
         if head < 0 or self._answer is None or self._answer.done():
             return
-        at = self._buffer[:head].lower().find(b"content-length: ")
-        length = int(self._buffer[at + 16 : self._buffer.index(b"\r\n", at)])
+        lines = self._buffer[: head + 2].lower()
+        at = lines.find(b"content-length: ")
+        length = int(lines[at + 16 : lines.index(b"\r\n", at)])
         if len(self._buffer) >= head + 4 + length:
-            self._answer.set_result((int(self._buffer[9:12]), self._buffer[head + 4 :]))
+            self._answer.set_result((int(self._buffer[9:12]), lines, self._buffer[head + 4 :]))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answer is not None and not self._answer.done():
@@ -289,9 +293,11 @@ class _Client:
                 async with asyncio.timeout(ANSWER_S):
                     _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
                 connections[port] = connection
-            status, answered = await connection.ask(head.encode() + body)
+            status, lines, answered = await connection.ask(head.encode() + body)
             said = _decode(answered)
             code = said.code
+            if status in TOLD_WHEN and b"\r\nretry-after: " not in lines:
+                code += UNTOLD
         except TimeoutError:
             code = "timeout"
         except ConnectionRefusedError:
@@ -314,6 +320,8 @@ class _Client:
 
 
 async def _main() -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each lane
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

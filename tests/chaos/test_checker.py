@@ -11,6 +11,7 @@ import pytest
 
 from tests.chaos.answers import Answers
 from tests.chaos.checker import Allowances, Loss, Verdict, check
+from tests.chaos.client import UNTOLD
 from tests.chaos.evidence import Evidence, Issued
 from tests.chaos.stage import Campaign, Paused, World
 
@@ -167,7 +168,16 @@ def test_no_broken_promise_passes(scene: Scene, how: str) -> None:
     assert verdict.broken
 
 
-@pytest.mark.parametrize("how", [(500, "internal"), (404, "not_found"), (403, "distributor_mismatch"), (0, "reset")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        (500, "internal"),
+        (404, "not_found"),
+        (403, "distributor_mismatch"),
+        (0, "reset"),
+        (503, f"overloaded{UNTOLD}"),
+    ],
+)
 def test_no_answer_that_nothing_excuses_passes(scene: Scene, how: tuple[int, str]) -> None:
     scene.call("K-3", *how)
     verdict = scene.verdict(ALLOWED)

@@ -81,12 +81,14 @@ class Trial:
         for program in self.stage.works:
             program.kill()
 
-    def ask(self, key: str, *, product: str = "PAY", token: str = "", terminal: str = "T-asked") -> httpx.Response:
-        """One request by itself, in nobody's file."""
+    def ask(
+        self, key: str, *, product: str = "PAY", token: str = "", terminal: str = "T-asked", port: int = 0
+    ) -> httpx.Response:
+        """One request by itself, in nobody's file; at whichever ``port`` if none is given."""
         distributor = self.stage.world.distributors[0]
         token = token or next(iter(self.stage.tokens[distributor].values()))
         body = {"request_id": key, "distributor_id": distributor, "terminal_id": terminal, "product_ids": [product]}
         return httpx.post(
-            f"http://127.0.0.1:{self.rng.choice(self.stage.ports)}/api/v1/voucher/request", json=body,
+            f"http://127.0.0.1:{port or self.rng.choice(self.stage.ports)}/api/v1/voucher/request", json=body,
             headers={"Authorization": f"Bearer {token}"}, timeout=30, trust_env=False,
         )  # fmt: skip
