@@ -14,12 +14,12 @@ Key = tuple[str, str]  # distributor, request id
 
 
 class Voucher(msgspec.Struct, frozen=True, gc=False):
-    """One answer with a voucher: when its call ``began``, and ``at`` when it was there."""
+    """One answer with vouchers: when its call ``began``, and ``at`` when it was there."""
 
     began: float
     at: float
     body: str
-    code: str
+    codes: tuple[str, ...]
     serial: str
     campaign: str
 
@@ -37,7 +37,7 @@ class Asked(msgspec.Struct, gc=False):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A 409.  ``began``: its call."""
+    """Nothing is to be had.  ``began``: its call."""
 
     began: float
     at: float
@@ -75,7 +75,7 @@ class Answers:
         """Every code with the keys under which it was told."""
         told = defaultdict[str, list[Key]](list)
         for key, asked in self.keys.items():
-            for code in {one.code for one in (*asked.told, *asked.changed)}:
+            for code in {code for one in (*asked.told, *asked.changed) for code in one.codes}:
                 told[code].append(key)
         return told
 
@@ -108,7 +108,8 @@ class Answers:
         asked = self.keys[key]
         asked.began = min(asked.began, call.at)
         if answer.status == 200:
-            voucher = Voucher(call.at, answer.at, answer.body, answer.voucher, answer.serial, answer.campaign)
+            codes = tuple(answer.voucher.split(","))
+            voucher = Voucher(call.at, answer.at, answer.body, codes, answer.serial, answer.campaign)
             if call.changed:
                 asked.changed = (*asked.changed, voucher)
             elif all(one.body != voucher.body for one in asked.told):
@@ -117,7 +118,7 @@ class Answers:
         elif answer.status == 422 and answer.code == "key_reused":
             if not call.changed:
                 asked.refused = asked.refused or answer.at
-        elif answer.status == 409:
+        elif answer.status == 409 or answer.code == "exhausted":
             self.refusals.append(Refusal(call.at, answer.at, key, call.product, call.terminal, answer.code))
         elif answer.code == "token_unknown":
             self.refused_tokens[call.token] += 1

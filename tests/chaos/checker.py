@@ -110,7 +110,7 @@ def _p2(
     for code, place in evidence.places.items():
         for key in codes[code]:
             asked = answers.keys[key]
-            told = next(one for one in (*asked.told, *asked.changed) if one.code == code)
+            told = next(one for one in (*asked.told, *asked.changed) if code in one.codes)
             if place == "quarantine" and any(
                 told.at >= loss.since - CLOCK_S and told.began <= loss.until for loss in allowed.losses
             ):
@@ -122,10 +122,10 @@ def _p2(
 
 def _p3(found: list[str], answers: Answers, evidence: Evidence, lost: set[str]) -> None:
     """The same key gets the same answer, and another body none."""
-    requests = Counter(row.key for row in evidence.issued.values())
+    requests = Counter(key for key, _ in {(row.key, row.request) for row in evidence.issued.values()})
     found += [f"{key} has {count} requests in the ledger" for key, count in requests.items() if count > 1]
     for key, asked in answers.keys.items():
-        if any(one.code in lost for one in (*asked.told, *asked.changed)):
+        if not lost.isdisjoint(code for one in (*asked.told, *asked.changed) for code in one.codes):
             continue
         if len(asked.told) > 1:
             found.append(f"{key} was told {len(asked.told)} different answers, first at {asked.told[0].at:.3f}")
@@ -217,8 +217,8 @@ def _p8(found: list[str], answers: Answers, evidence: Evidence, world: World, lo
         count(code, campaigns[row.campaign], row.key[0], row.terminal)
     for key, asked in answers.keys.items():
         for one in asked.told:
-            if one.code in lost:
-                count(one.code, campaigns[one.campaign], key[0], asked.terminal)
+            for code in lost.intersection(one.codes):
+                count(code, campaigns[one.campaign], key[0], asked.terminal)
     for campaign, codes in used.items():
         if campaign.cap is not None and len(codes) > campaign.cap:
             found.append(f"{campaign.id}: {len(codes)} vouchers, its cap is {campaign.cap}")

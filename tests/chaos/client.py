@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import msgspec
 import uvloop
@@ -40,13 +40,26 @@ TOLD_WHEN: Final = frozenset({429, 503})  # statuses that have to say when
 UNTOLD: Final = " without Retry-After"  # what the code of one that does not ends with
 
 
+# What the codes of Client API v3 are called by the other API, as far as any comes.
+NAMES: Final = {
+    "400-0C6": "exhausted", "401-A04": "token_unknown", "409-C01": "not_running", "409-C02": "not_running",
+    "409-C03": "cap_reached", "422-B03": "key_reused", "429-B04": "rate_limited", "500-B05": "internal",
+    "503-B06": "overloaded", "503-B07": "store_unreachable", "503-B08": "refilling", "503-B09": "draining",
+}  # fmt: skip
+
+
 class Source(msgspec.Struct, frozen=True):
-    """Sales of one product by one distributor's terminals; ``weight`` of all sales."""
+    """Sales of one product by one distributor's terminals; ``weight`` of all sales.
+
+    By Client API v3 ``distributor`` is a client, and each sale is of 1 to ``quantity`` vouchers.
+    """
 
     distributor: str
     product: str
     weight: float
     terminals: int = 1_000
+    api: Literal["v1", "v3"] = "v1"
+    quantity: int = 1
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -98,7 +111,7 @@ class Call(msgspec.Struct, frozen=True, gc=False):
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
     """``status`` 0: none came.  ``code``: of the problem, or what happened to the connection; ``body``: digest of the
-    whole answer; the last three are empty without a voucher."""
+    whole answer; ``voucher``: codes with commas between them; the last three are empty without a voucher."""
 
     at: float
     status: int
@@ -132,7 +145,29 @@ class _Said(msgspec.Struct):
     campaign_id: str = ""
 
 
+class _Error(msgspec.Struct):
+    code: str
+
+
+class _Voucher(msgspec.Struct):
+    voucher_code: str
+    product_code: str
+
+
+class _SaidByV3(msgspec.Struct):
+    error: _Error | None = None
+    vouchers: list[_Voucher] = []
+
+    def told(self) -> _Said:
+        if not self.vouchers:
+            return _Said("" if self.error is None else NAMES.get(self.error.code, self.error.code))
+        return _Said(
+            voucher_code=",".join(one.voucher_code for one in self.vouchers), campaign_id=self.vouchers[0].product_code
+        )
+
+
 _decode = msgspec.json.Decoder(_Said).decode
+_decode_v3 = msgspec.json.Decoder(_SaidByV3).decode
 
 
 class _Connection(asyncio.Protocol):
@@ -180,6 +215,24 @@ class _Sale(msgspec.Struct, frozen=True):
     source: Source
     key: str
     terminal: str
+    quantity: int
+
+    def request(self, terminal: str, token: str) -> bytes:
+        """``terminal``: another one, for another body under the same key."""
+        if self.source.api == "v1":
+            path, key = "/api/v1/voucher/request", ""
+            body = msgspec.json.encode({
+                "request_id": self.key, "distributor_id": self.source.distributor, "terminal_id": terminal,
+                "product_ids": [self.source.product],
+            })  # fmt: skip
+        else:
+            path, key = f"/v3/products/{self.source.product}", f"Idempotency-Key: {self.key}\r\n"
+            body = msgspec.json.encode({"quantity": self.quantity, "client_reference": terminal})
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Authorization: Bearer {token}\r\n{key}Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
 
 
 class _Client:
@@ -247,8 +300,10 @@ class _Client:
         mine = self._keys
         source = rng.choices(plan.sources, [one.weight for one in plan.sources])[0]
         # Half of the partners use UUIDs, which are stored in another way.
-        key = str(uuid.UUID(int=rng.getrandbits(128), version=4)) if mine % 2 else f"{plan.prefix}-{mine}"
-        sale = _Sale(source, key, f"T-{rng.randrange(source.terminals)}")
+        is_uuid = mine % 2 or source.api == "v3"
+        key = str(uuid.UUID(int=rng.getrandbits(128), version=4)) if is_uuid else f"{plan.prefix}-{mine}"
+        quantity = rng.randint(1, source.quantity) if source.quantity > 1 else 1
+        sale = _Sale(source, key, f"T-{rng.randrange(source.terminals)}", quantity)
         if await self._sell(lane, connections, sale, changed=False) == 200:
             for every, changed in ((REPLAY_EVERY, False), (CHANGE_EVERY, True)):
                 if mine % every == 0:
@@ -274,13 +329,6 @@ class _Client:
         distributor, product = sale.source.distributor, sale.source.product
         name, token = self._rng.choice(list(self._tokens[distributor].items()))
         terminal = f"{sale.terminal}-changed" if changed else sale.terminal
-        body = msgspec.json.encode(
-            {"request_id": sale.key, "distributor_id": distributor, "terminal_id": terminal, "product_ids": [product]}
-        )
-        head = (
-            "POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
         self._file.write(
             f"C\t{number}\t{time.time():.6f}\t{distributor}\t{sale.key}\t{product}\t{terminal}\t{name}\t"
             f"{'changed' if changed else ''}\n"
@@ -293,8 +341,8 @@ class _Client:
                 async with asyncio.timeout(ANSWER_S):
                     _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
                 connections[port] = connection
-            status, lines, answered = await connection.ask(head.encode() + body)
-            said = _decode(answered)
+            status, lines, answered = await connection.ask(sale.request(terminal, token))
+            said = _decode(answered) if sale.source.api == "v1" else _decode_v3(answered).told()
             code = said.code
             if status in TOLD_WHEN and b"\r\nretry-after: " not in lines:
                 code += UNTOLD

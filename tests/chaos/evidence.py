@@ -31,14 +31,16 @@ STATEMENT_S = 120.0
 
 
 Position = tuple[int, int]  # lot, seq
+Way = tuple[int, ...]  # of a row of the ledger: partition, generation, outbox sequence, ordinal
 
 
 class Issued(msgspec.Struct, frozen=True, gc=False):
-    """A code's row in the ledger.  ``key``: whose request it is."""
+    """A code's row in the ledger.  ``key``: whose request it is; ``request``: the row of that."""
 
     key: Key
     campaign: str
     terminal: str
+    request: Way
 
 
 class Evidence(msgspec.Struct):
@@ -141,7 +143,7 @@ async def _in_store(
         if code in issued or (lot, seq) in gone:
             doubled.append(f"{code} (lot {lot}, seq {seq}) is in the ledger twice")
         gone.add((lot, seq))
-        issued[code] = Issued((whose[0], whose[1]), whose[2], whose[3])
+        issued[code] = Issued((whose[0], whose[1]), whose[2], whose[3], tuple(way))
     aside = {(int(lot), int(seq)) for lot, seq in await rows("select lot, seq from set_asides")}
     incidents = await rows("select kind, subject, codes, lot, seq from incidents where kind <> 'quarantine'")
     gone |= aside | {(lot, seq) for *_, lot, seq in incidents if lot is not None and seq is not None}

@@ -415,13 +415,14 @@ def a_token_is_revoked(stage: Stage, rng: random.Random) -> bool:
 def a_campaign_is_paused(stage: Stage, rng: random.Random, campaign: str = "") -> bool:
     """For a moment; False if it could not be."""
     campaign = campaign or rng.choice(stage.world.campaigns).id
+    noun = "product" if campaign in {one.id for one in stage.world.products} else "campaign"
     begun = time.time()
-    paused = stage.command("campaign", "pause", campaign).returncode == 0
+    paused = stage.command(noun, "pause", campaign).returncode == 0
     since = time.time() if paused else math.inf
     time.sleep(PROBE_S)
     while True:  # until then nobody knows whether it is
         until_ = time.time()
-        if stage.command("campaign", "resume", campaign).returncode == 0:
+        if stage.command(noun, "resume", campaign).returncode == 0:
             break
         if until_ > begun + RESUME_S:
             raise Stuck(f"{campaign} can't be resumed")

@@ -30,6 +30,7 @@ from tests.servers import PostgresServer, RedisServer, free_port
 
 Store = Literal["postgresql", "sqlite"]
 
+SECRETS: Final = "secrets.json"
 POINTS: Final = Path(__file__).parent / "points"  # on PYTHONPATH: crash points
 
 PLANNED_RATE: Final = 50
@@ -56,7 +57,8 @@ class Stuck(AssertionError):
 
 class Campaign(msgspec.Struct, frozen=True):
     """What the checker has to know of one.  Its pool has its name.  Caps are totals, None for none; ``codes`` in stock,
-    None: as many as are wanted."""
+    None: as many as are wanted.  By Client API v3: the campaign of a product of its name, sold in any ``quantity`` up
+    to this one."""
 
     id: str
     product: str
@@ -66,6 +68,8 @@ class Campaign(msgspec.Struct, frozen=True):
     distributor_cap: int | None = None
     terminal_cap: int | None = None
     terminals: int = 1_000
+    api: Literal["v1", "v3"] = "v1"
+    quantity: int = 1
 
 
 class Paused(msgspec.Struct, frozen=True):
@@ -94,11 +98,23 @@ class World(msgspec.Struct, frozen=True):
 
     def sources_of(self, *products: str) -> list[Source]:
         return [
-            Source(distributor, one.product, one.weight, one.terminals)
+            Source(
+                distributor if one.api == "v1" else client_of(distributor), one.product, one.weight, one.terminals,
+                one.api, one.quantity,
+            )
             for distributor in self.distributors
             for one in self.campaigns
             if one.product in products
-        ]
+        ]  # fmt: skip
+
+    @property
+    def products(self) -> list[Campaign]:
+        """What is sold by Client API v3."""
+        return [one for one in self.campaigns if one.api == "v3"]
+
+
+def client_of(distributor: str) -> str:
+    return f"client-{distributor}"
 
 
 def world(vouchers: int) -> World:
@@ -106,7 +122,8 @@ def world(vouchers: int) -> World:
     return World(
         ("DIST-1", "DIST-2", "DIST-3"),
         (
-            Campaign("PLENTY", "PAY", 0.84),
+            Campaign("PLENTY", "PAY", 0.80),
+            Campaign("GIFT", "GIFT", 0.04, api="v3", quantity=20),
             Campaign("TINY", "TIN", 0.04, codes=vouchers // 100),
             Campaign("CAPPED", "CAP", 0.06, cap=vouchers // 50, distributor_cap=vouchers // 100),
             Campaign("TERMINAL", "TRM", 0.06, terminal_cap=2, terminals=max(1, vouchers // 200)),
@@ -290,6 +307,7 @@ class Stage:
         if self.postgres is not None:
             self.postgres.start()
             self.postgres.sql("create database voucherd")
+        self.succeed("keys", "create", str(self.directory / SECRETS))
         self.succeed("migrate")
         for name, ops in (("serve-1", True), ("serve-2", True), ("work-1", False), ("work-2", False)):
             if name == "work-2" and self.store == "sqlite":
@@ -306,7 +324,10 @@ class Stage:
             program.start()
         until(self.is_open, "an open generation")
         self._furnish()
+        secrets = self._furnish_products()
         self.mend()
+        for client, secret in secrets.items():
+            self.tokens[client] = {f"{client}/1": self._access_token(client, secret)}
 
     def _end(self) -> None:
         for load in self.loads:
@@ -341,6 +362,7 @@ class Stage:
             **{"VOUCHERD_WORKERS": "2", "VOUCHERD_PLANNED_RATE": str(PLANNED_RATE),
                "VOUCHERD_STORE_OUTAGE_S": str(OUTAGE_S),
                "VOUCHERD_DEADLINE_MS": str(DEADLINE_MS), "VOUCHERD_REDIS_TIMEOUT_MS": str(REDIS_TIMEOUT_MS),
+               "VOUCHERD_SECRETS_FILE": str(self.directory / SECRETS), "VOUCHERD_TOKEN_LIFETIME_S": "86400",
                "VOUCHERD_ACCEPT": "fsync,replicas,version", **self.settings},
         )  # fmt: skip
 
@@ -356,6 +378,8 @@ class Stage:
                 **({} if one.terminal_cap is None else {"terminal": {"total": one.terminal_cap}}),
             }
             pools.append(pool)
+            if one.api == "v3":
+                continue  # apply makes no products
             campaigns.append(
                 {"id": one.id, "category": one.product, "products": [one.product], "pool": one.id, "caps": caps,
                  "assigned": [{"distributor": name} for name in self.world.distributors]}
@@ -371,6 +395,30 @@ class Stage:
                 self.succeed("codes", "import", one.id, str(codes))
         for name in self.world.distributors:
             self.tokens[name] = {f"{name}/1": self.new_token(name)}
+
+    def _furnish_products(self) -> dict[str, str]:
+        """The clients that may have them, each with its secret."""
+        secrets = {}
+        for one in self.world.products:
+            self.succeed(
+                "product", "create", one.product, "--name", "A card", "--amount", "1000", "--currency", "SGD",
+                "--url", "https://v.example/", "--pool", one.id,
+            )  # fmt: skip
+            for distributor in self.world.distributors:
+                self.succeed("product", "assign", one.product, distributor)
+        for distributor in self.world.distributors:
+            made = self.succeed("client", "create", client_of(distributor), "--distributor", distributor, "--json")
+            secrets[client_of(distributor)] = str(json.loads(made)["client_secret"])
+        self.succeed("keys", "rotate")
+        return secrets
+
+    def _access_token(self, client: str, secret: str) -> str:
+        told = httpx.post(
+            f"http://127.0.0.1:{self.ports[0]}/oauth2/token", data={"grant_type": "client_credentials"},
+            auth=(client, secret), trust_env=False, timeout=READY_S,
+        )  # fmt: skip
+        assert told.status_code == 200, told.text
+        return str(told.json()["access_token"])
 
     # --- what an operator types ----------------------------------------------------------------------------------
 

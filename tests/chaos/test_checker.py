@@ -68,7 +68,12 @@ class Scene:
     def voucher(self, key: str, code: str, *, in_ledger: bool = True, campaign: str = "PLENTY", **how: object) -> None:
         self.call(key, 200, voucher=code, campaign=campaign, **how)  # type: ignore[arg-type]
         if in_ledger:
-            self.evidence.issued[code] = Issued(("D", key), campaign, str(how.get("terminal", "T")))
+            self.issued(code, key, campaign, str(how.get("terminal", "T")))
+
+    def issued(self, code: str, key: str, campaign: str = "PLENTY", terminal: str = "T", *, request: int = 0) -> None:
+        """In the ledger; by a request of its own, unless its number is given."""
+        way = (0, 1, request or 1_000 + len(self.evidence.issued), 0)
+        self.evidence.issued[code] = Issued(("D", key), campaign, terminal, way)
 
     def verdict(self, allowed: Allowances) -> Verdict:
         self._path.write_text("".join(f"{line}\n" for line in self._lines))
@@ -89,17 +94,13 @@ def refused(scene: Scene, code: str, product: str, **how: object) -> None:
     scene.call("K-9", 409, code, product=product, **how)  # type: ignore[arg-type]
 
 
-def ledger(scene: Scene, code: str, key: str, campaign: str = "PLENTY", terminal: str = "T") -> None:
-    scene.evidence.issued[code] = Issued(("D", key), campaign, terminal)
-
-
 BREAKS: dict[str, tuple[str, Callable[[Scene], object]]] = {
     "a code told to two keys": ("P1", lambda on: on.call("K-2", 200, voucher="C-1")),
-    "a code of another key in the ledger": ("P1", lambda on: ledger(on, "C-1", "K-7")),
+    "a code of another key in the ledger": ("P1", lambda on: on.issued("C-1", "K-7")),
     "a code told and in a window": ("P1", lambda on: on.evidence.windows.add("C-1")),
     "a code in the ledger and in a window": (
         "P1",
-        lambda on: (ledger(on, "C-8", "K-8"), on.evidence.windows.add("C-8")),
+        lambda on: (on.issued("C-8", "K-8"), on.evidence.windows.add("C-8")),
     ),
     "a code twice in the windows": ("P1", lambda on: on.evidence.twice.append("W-1")),
     "a code twice in the ledger": ("P1", lambda on: on.evidence.doubled.append("C-1 is there twice")),
@@ -112,6 +113,14 @@ BREAKS: dict[str, tuple[str, Callable[[Scene], object]]] = {
     "told, asked for after the loss": ("P2", lambda on: lost(on, at=310.1)),
     "told, set aside": ("P2", lambda on: lost(on, "set aside")),
     "told, accounted for nowhere": ("P2", lambda on: lost(on, "on its way")),
+    "told with another, and in quarantine without a loss": (
+        "P2",
+        lambda on: (
+            on.voucher("K-3", "C-3,C-4", in_ledger=False),
+            on.issued("C-3", "K-3"),
+            on.evidence.places.update({"C-4": "quarantine"}),
+        ),
+    ),
     "an outbox that nobody empties": ("P2", lambda on: setattr(on.evidence, "outbox", 1)),
     "an entry parked that nobody forged": ("P2", lambda on: setattr(on.evidence, "parked", 1)),
     "an entry that conflicts": ("P2", lambda on: on.evidence.incidents.append(("conflicting_entry", "PLENTY", 1))),
@@ -119,7 +128,7 @@ BREAKS: dict[str, tuple[str, Callable[[Scene], object]]] = {
     "the same voucher in other bytes": ("P3", lambda on: on.call("K-1", 200, voucher="C-1", body="other")),
     "a voucher for another body": ("P3", lambda on: on.voucher("K-1", "C-3", changed=True)),
     "a replay refused as another body": ("P3", lambda on: on.call("K-1", 422, "key_reused")),
-    "two requests of one key in the ledger": ("P3", lambda on: ledger(on, "C-3", "K-1")),
+    "two requests of one key in the ledger": ("P3", lambda on: on.issued("C-3", "K-1")),
     "exhausted although codes are left": (
         "P4",
         lambda on: (on.evidence.held.update(TINY=1), on.evidence.out.update(TINY=1), refused(on, "exhausted", "TIN")),
@@ -194,6 +203,9 @@ def test_what_is_whole_passes(scene: Scene) -> None:
     scene.voucher("K-5", "C-5", campaign="TINY", product="TIN")
     scene.voucher("K-6", "C-6", campaign="CAPPED", product="CAP")
     scene.voucher("K-7", "C-7", campaign="HOLDERS", product="HOL")
+    scene.voucher("K-8", "C-8,C-9", in_ledger=False)
+    for code in ("C-8", "C-9"):
+        scene.issued(code, "K-8", request=7)
     refused(scene, "exhausted", "TIN")
     refused(scene, "cap_reached", "CAP")
     refused(scene, "cap_reached", "HOL")
