@@ -140,7 +140,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self.whole and self._take_known(data):
             return
-        alone = self.whole
+        alone, self.new = self.whole, None
         self.received += len(data)
         try:
             self.parser.feed_data(data)
@@ -154,7 +154,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self._bound_the_rest()
         elif alone and self.new is not None:
             self._remember(data, self.new)
-            self.new = None
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Reads the request again as one that offers no other protocol; ``rest`` is what came after its headers.
@@ -325,8 +324,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.heads) >= HEADS_MAX:
             self.heads.clear()
         if head.keyed:
-            line = _KEY_LINE(data, 0, end)
-            assert line is not None, "the parser has found it"
+            if (line := _KEY_LINE(data, 0, end)) is None:
+                return
             self.key_at = line.end()
             self.heads[self.key_at, data[: self.key_at] + data[self.key_at + len(exchange.key) : end]] = head
         else:

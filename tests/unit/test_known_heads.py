@@ -383,6 +383,17 @@ async def test_a_request_never_overtakes_the_one_before_it(known: bool) -> None:
         assert await edge.say(pieces, hasty=True) == (expected, asked), pieces
 
 
+@pytest.mark.parametrize("stream", [GOOD, KEYED, ORDER], ids=["plain", "keyed", "order"])
+async def test_line_ends_after_a_request_in_pieces_are_never_remembered_as_its_headers(stream: bytes) -> None:
+    edge = Edge()
+    length = len(stream) - stream.index(b"\r\n\r\n") - 4
+    ends = b"\r\n\r\n" + (length * b"\r\n")[:length]
+    answers, _ = await edge.say([stream[:50], stream[50:], ends, stream])
+    assert [one.status for one in answers] == [200, 200]
+    heads = [data[1] if isinstance(data, tuple) else data for data in edge.known]
+    assert all(head.lstrip(b"\r\n").startswith(b"POST ") for head in heads), heads
+
+
 async def test_heads_are_remembered_as_what_they_say_or_not_at_all() -> None:
     known = 0
     for issuer in (Issuing(), Immediate()):
