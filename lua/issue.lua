@@ -155,7 +155,7 @@ if #ARGV ~= at - 1 + 3 * request_count + trace_count then
   return redis.error_reply('BADCALL number of arguments of issue')
 end
 local traces_at = at + 3 * request_count
-local shapes, vouchers = {}, 0 -- shapes: most requests of a batch ask for the same, so each text is read once
+local shapes = {} -- shapes: most requests of a batch ask for the same, so each text is read once
 for i = 1, request_count do
   local text = ARGV[at + 3 * (i - 1)]
   local shape = shapes[text]
@@ -169,7 +169,6 @@ for i = 1, request_count do
     end
     shapes[text] = shape
   end
-  vouchers = vouchers + shape.quantity
 end
 
 -- read: state ----------------------------------------------------------------------------------------------------
@@ -199,6 +198,7 @@ for _, pool in ipairs(pools) do
   pool.exhausted = stock and stock == exhausted
   pool.low = count_of(low, pool.hash)
   pool.loaded, pool.taken, pool.usable, pool.codes, pool.asides = 0, 0, 0, {}, {}
+  pool.asked = 0 -- codes that those want who come to it first
 end
 
 -- What a distributor has had is counted in voucher-microseconds (GCRA): a voucher is a million of them, a microsecond
@@ -225,6 +225,9 @@ for i = 1, request_count do
     local terminal, shape = string.match(ARGV[first + 1], '^[^\t]*'), shapes[ARGV[first]]
     local plan = shape.plan
     terminals[i] = terminal
+    if plan[1] then
+      plan[1].pool.asked = plan[1].pool.asked + shape.quantity
+    end
     for c = 1, #plan do
       local candidate = plan[c]
       for k = 1, #candidate do
@@ -253,7 +256,8 @@ local function at_hand(pool, count)
     if pool.blocked or pool.loaded >= pool.length then
       return false
     end
-    local ahead = redis.call('LRANGE', pool.window, pool.loaded, pool.loaded + math.max(vouchers, 1) - 1)
+    local most = math.max(pool.asked, 2 * pool.loaded, count)
+    local ahead = redis.call('LRANGE', pool.window, pool.loaded, pool.loaded + most - 1)
     if #ahead == 0 then
       return false
     end
