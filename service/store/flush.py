@@ -40,7 +40,17 @@ from service.store.entries import (
     unfit,
     way_of,
 )
-from service.store.schema import WAY, WITHDRAWN, campaigns, incidents, issuances, parked, requests, set_asides
+from service.store.schema import (
+    TAKEN_BACK,
+    WAY,
+    WITHDRAWN,
+    campaigns,
+    incidents,
+    issuances,
+    parked,
+    requests,
+    set_asides,
+)
 
 DOUBLE_ISSUE: Final = "double_issue"
 CONFLICTING_ENTRY: Final = "conflicting_entry"
@@ -293,13 +303,22 @@ async def _take_their_places(conn: AsyncConnection, rows: Rows) -> None:
 
     What was recreated stands in for an outbox entry with the same request, word for word.  What was adopted stands in
     for whatever says that the same distributor was issued the same code under the same key: nobody knew more of it.
-    What was withdrawn while it was in quarantine stands in for whatever had become of it before.  Anything else that
-    has one of these codes stays, and is the one that had it first (``_doubles``).
+    What was withdrawn while it was in quarantine stands in for whatever had become of it before; if that is a way back
+    to stock, it ends here: ``rows`` say that it was withdrawn.  Anything else that has one of these codes stays, and is
+    the one that had it first (``_doubles``).
     """
     everything: list[IssuanceRow | AsideRow] = [*rows.issuances, *rows.asides]
+    withdrawn: set[tuple[int, int]] = set()
     for positions in chunks(sorted({(row.lot, row.seq) for row in everything})):
-        sealed = (set_asides.c.generation == RECREATED, set_asides.c.why == WITHDRAWN)
-        await conn.execute(delete(set_asides).where(*sealed, stock.at(set_asides, positions)))
+        sealed = and_(
+            set_asides.c.generation == RECREATED, set_asides.c.why == WITHDRAWN, stock.at(set_asides, positions)
+        )
+        found = await conn.execute(select(set_asides.c.lot, set_asides.c.seq).where(sealed))
+        withdrawn.update((lot, seq) for lot, seq in found)
+        await conn.execute(delete(set_asides).where(sealed))
+    for n, row in enumerate(rows.asides):
+        if row.why == TAKEN_BACK and (row.lot, row.seq) in withdrawn:
+            rows.asides[n] = row._replace(why=WITHDRAWN)
     request_of = {row[:4]: row for row in rows.requests}
     coming = {(row.lot, row.seq): (row.digest, request_of[*row[:3], row.request_ordinal]) for row in rows.issuances}
     for positions in chunks(sorted(coming)):
@@ -451,7 +470,7 @@ async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int, id
             way = way_of(aside)
             came.add(way)
             had = stored[set_asides].get(way)
-            if way in stored[incidents] or (had is not None and tuple(had)[:7] == aside[:7]):
+            if way in stored[incidents] or (had is not None and _same_aside(AsideRow._make(had), aside)):
                 already += 1
             else:
                 differs(way, 1, aside.lot, aside.seq, f"lot {aside.lot}", _OTHER_CONTENT)
@@ -469,6 +488,12 @@ async def _compare(conn: AsyncConnection, entries: Sequence[Entry], now: int, id
 
 _OTHER_CONTENT: Final = "an entry of this position came again with other content here"
 _WITHOUT_IT: Final = "an entry of this position came again without the code that stands here"
+
+
+def _same_aside(had: AsideRow, came: AsideRow) -> bool:
+    if (had.why, came.why) == (WITHDRAWN, TAKEN_BACK):  # on its way back it was withdrawn (``_take_their_places``)
+        came = came._replace(why=WITHDRAWN)
+    return had[:-1] == came[:-1]
 
 
 def _same_request(had: Row[Any] | None, came: RequestRow) -> bool:

@@ -57,6 +57,33 @@ async def _window(stage: Stage) -> list[Code]:
     return [Code.unpack(text) for text in packed]
 
 
+def test_a_code_that_is_withdrawn_on_its_way_back_never_comes_to_stock(store: OnStage, tmp_path: Path) -> None:
+    _on_their_way(store, tmp_path)
+
+    async def lose(stage: Stage) -> tuple[list[Any], str]:
+        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
+        code = entries[0][1]["asides"].split("\x1e")[0].split("\t")[3]
+        await stage.scripts.redis.flushall()
+        assert await stage.open() == 2
+        return entries, code
+
+    async def late(stage: Stage) -> None:
+        for _ in range(2):  # the second time as after a crash before the entry was gone
+            assert (await stage.flush.settle(1, entries)).incidents == 0
+
+    entries, code = store(lose)
+    leaked = tmp_path / "leaked.csv"
+    leaked.write_text(f"code\n{code}\n")
+    said = run("pool", "withdraw", "CAMP-001", "--reason", "leaked", "--yes", "--json", "--codes", str(leaked))
+    assert orjson.loads(said.stdout)["in_quarantine"] == 1
+    store(late)
+    ok("campaign", "resume", "CAMP-001")
+    issued = store(Stage.issue_everything)
+    assert code not in issued
+    assert len(issued) == CODES - 4, "three were issued before, and one was withdrawn"
+    store(Stage.balanced)
+
+
 def test_what_was_in_windows_is_stock_again_and_each_code_is_issued_once(store: OnStage, tmp_path: Path) -> None:
     stocked(tmp_path, CODES)
     store(three_issued)
