@@ -288,7 +288,8 @@ class DoubleKey(msgspec.Struct, frozen=True):
 async def double_keys(conn: AsyncConnection, retention_s: int) -> list[DoubleKey]:
     """Every key with two requests issued less than ``retention_s`` apart (P3); after that a key may be used again."""
     key = (requests.c.client, requests.c.api, requests.c.key)
-    several = select(*key).group_by(*key).having(func.count() > 1).subquery()
+    # One adopted code is one request: nobody knows which of them a partner got together.
+    several = select(*key).where(requests.c.api != ADOPTED).group_by(*key).having(func.count() > 1).subquery()
     repeated = (
         select(*key, requests.c.issued_at)
         .join(several, and_(*(several.c[column.name] == column for column in key)))

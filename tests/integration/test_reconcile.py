@@ -353,6 +353,16 @@ def _adopted(tmp_path: Path, text: str, *more: str) -> dict[str, Any]:
     return _reconciled(_file(tmp_path, text), "--adopt", "CAMP-001", "--reason", "lost", *more, exit_code=1)
 
 
+def test_codes_that_a_partner_received_by_one_request_are_no_finding_of_the_audit(
+    store: OnStage, tmp_path: Path
+) -> None:
+    stocked(tmp_path, CODES)
+    store(_lost)
+    done = _adopted(tmp_path, "code,request_id\nCODE-0004,lost-1\nCODE-0005,lost-1\n", "--yes")
+    assert (done["adoptable"], done["adopted"]) == (2, True)
+    store(Stage.balanced)
+
+
 def test_a_code_that_a_partner_received_is_in_the_ledger_once_and_nobody_elses(store: OnStage, tmp_path: Path) -> None:
     stocked(tmp_path, CODES)
     store(_lost)
