@@ -91,7 +91,7 @@ rolling: install ## every process restarted under load, ten rounds (ARGS='--upgr
 secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, made once
 	@mkdir -p -m 700 $(SECRETS)
 	@for name in redis_voucherd_password redis_operator_password store_password grafana_password; do \
-		test -e $(SECRETS)/$$name || $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $(SECRETS)/$$name; \
+		test -s $(SECRETS)/$$name || $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $(SECRETS)/$$name; \
 	done
 	@test -e $(SECRETS)/voucherd_secrets || $(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets
 	@chmod 444 $(SECRETS)/*  # a container's user is another one; the directory is closed

@@ -10,7 +10,12 @@ READY=${READY:-/run/valkey/users.acl}
 cp "$USERS" "$READY"
 chmod 644 "$READY" # its reader is the user that the server becomes
 for user in voucherd operator; do
-    digest=$(tr -d '\n' <"$SECRETS/redis_${user}_password" | sha256sum | cut -d ' ' -f 1)
+    password=$(cat "$SECRETS/redis_${user}_password")
+    if [ "${#password}" -lt 16 ]; then # an empty file would be an empty password
+        echo "start.sh: $SECRETS/redis_${user}_password holds no password of at least 16 characters" >&2
+        exit 1
+    fi
+    digest=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
     sed -i "s/^user $user on #[0-9a-f]\{64\} /user $user on #$digest /" "$READY"
     grep -q "^user $user on #$digest " "$READY"
 done

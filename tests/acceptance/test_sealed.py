@@ -25,7 +25,7 @@ from tests.integration.conftest import _own_database
 from tests.servers import PostgresServer, RedisServer
 from tests.tls import HOST, Authority, Terminator
 
-PASSWORDS = {"voucherd": "p@ss/w:o#r?d%41+", "operator": "another-one", "tests": "looks"}
+PASSWORDS = {"voucherd": "p@ss/w:o#r?d%41+", "operator": "another-password-1", "tests": "looks"}
 RECEIVE_MS = 500
 STOP_S = 6.0  # far below VOUCHERD_DRAIN_S
 CODES = 600  # a roll puts those of the window into quarantine

@@ -372,3 +372,18 @@ def test_no_user_of_redis_may_do_what_nobody_does() -> None:
     assert direct <= {name.replace("|", "_") for name in allowed}
     operator = {word[1:] for word in _rights("operator") if word.startswith("+")}
     assert not operator & (allowed - {"info", "config|get"}), "no right to any key, or to run a script"
+
+
+@pytest.mark.parametrize("password", [None, "", "\n", "short"])
+def test_redis_never_starts_without_a_password_for_each_user(tmp_path: Path, password: str | None) -> None:
+    (tmp_path / "redis_voucherd_password").write_text("a-password-that-is-long-enough")
+    if password is not None:
+        (tmp_path / "redis_operator_password").write_text(password)
+    done = subprocess.run(
+        ["sh", DEPLOY / "redis" / "start.sh", "echo", "started"], capture_output=True, text=True, check=False,
+        env={"USERS": str(DEPLOY / "redis" / "users.acl"), "SECRETS": str(tmp_path), "READY": str(tmp_path / "ready"),
+             "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "redis_operator_password" in done.stderr
+    assert "started" not in done.stdout
