@@ -34,7 +34,7 @@ DIRECTORY_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's ow
 
 # Seconds.  Half a millisecond is an idle service on this kind of machine; the last ones are the deadline's.
 SECONDS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
-BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # requests; 256 vouchers is the bound of a batch
+BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024)  # requests; as many vouchers are the bound of a batch
 # Seconds from the answer to the ledger: a flush comes every 0.2 s; an outage of the store lasts minutes.
 LAGS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
@@ -126,6 +126,12 @@ outbox_codes = Gauge(
 outbox_bytes = Gauge(
     "voucherd_outbox_bytes", "Bytes of the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"
 )
+outbox_limit_codes = Gauge(
+    "voucherd_outbox_limit_codes",
+    "Codes that the outbox may hold before requests are refused",
+    ["partition"],
+    multiprocess_mode="livemax",
+)  # by work
 outbox_limit_bytes = Gauge(
     "voucherd_outbox_limit_bytes", "Bytes that the outbox may hold before requests are refused", ["partition"],
     multiprocess_mode="livemax",

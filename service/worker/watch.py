@@ -46,6 +46,7 @@ class Watch:
         self._outbox_bytes_max = outbox_bytes_max
         self._now = now
         self._said = ""
+        self._quarantined = set[str]()  # pools whose gauge says what is in quarantine
         self._counted_in = (0, 0.0)
         self._gone: deque[tuple[float, int, dict[str, int]]] = deque()  # when, in which generation, codes by pool
 
@@ -63,6 +64,7 @@ class Watch:
             if held is not None:
                 metrics.outbox_codes.labels(partition).set(held.codes)
                 metrics.outbox_bytes.labels(partition).set(held.bytes)
+                metrics.outbox_limit_codes.labels(partition).set(self._outbox_max)
                 metrics.outbox_limit_bytes.labels(partition).set(self._outbox_bytes_max)
                 for pool, window in held.windows.items():
                     metrics.window_codes.labels(pool).set(window.length)
@@ -123,8 +125,11 @@ class Watch:
                 lost[one.pool] += one.codes
             in_ledger = (await books.accounted(conn, partition, generation)).codes
             in_stock = sum(abs(one.difference) for one in await books.stock_balance(conn))
+        for pool in self._quarantined - lost.keys():  # withdrawn, returned or adopted since
+            metrics.quarantined_codes.labels(pool).set(0)
         for pool, codes in lost.items():
             metrics.quarantined_codes.labels(pool).set(codes)
+        self._quarantined |= lost.keys()
         difference = metrics.conservation_difference
         difference.labels(str(partition), "stock").set(in_stock)
         again = await self._scripts.books([], generation=generation)
