@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SECONDS_MAX = 240
@@ -24,6 +25,7 @@ def benchmark(name: str, figures: Path, *arguments: str) -> tuple[dict[str, obje
     return found, done.stdout
 
 
+@pytest.mark.long
 def test_a_larger_installation_is_asked_for_all_that_it_has(tmp_path: Path) -> None:
     found, said = benchmark(
         "scale", tmp_path / "figures.json", "--rounds", "1", "--requests", "200", "--campaigns", "30",

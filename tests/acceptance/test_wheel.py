@@ -26,7 +26,7 @@ def test_the_wheel_alone_issues_a_voucher(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("voucherd-*.whl")
     venv.create(tmp_path / "empty")
     program = tmp_path / "empty" / "bin" / "python"
-    install = ("--python", program, "install", "--constraint", ROOT / "constraints.txt")
+    install = ("--python", program, "install", "--no-compile", "--constraint", ROOT / "constraints.txt")
     run(sys.executable, *pip, *install, wheel, cwd=tmp_path)
     where = run(program, "-P", "-c", "import service; print(service.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path)), "the checkout was imported, not the wheel"

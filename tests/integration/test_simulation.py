@@ -18,7 +18,7 @@ from tests.simulation.world import Family, simulate
 SCHEDULES = 200
 JOBS = 2
 # A slow machine does fewer: the long run is `make sim`.
-SECONDS_MAX = 40
+SECONDS_MAX = 25
 SCHEDULES_LEAST = 60
 # It goes on until everything below has happened.  The rarest, a store found to be older, happens in one schedule of 40,
 # so this many without it are a defect and not bad luck.
