@@ -29,9 +29,11 @@ log = structlog.get_logger()
 
 GROUP: Final = "ledger"
 
-# Entries of one step, and codes of one transaction: large enough to share one commit, small enough that on SQLite
-# nobody waits for the write lock for long.
+# Entries of one read: their texts are in memory together, up to a quarter of a megabyte each (BATCH_VOUCHERS_MAX).
 ENTRIES_MAX: Final = 100
+
+# Codes of one transaction, and about as many of one step: large enough to share one commit, small enough that on SQLite
+# nobody waits for the write lock for long.
 CODES_MAX: Final = 5_000
 
 # An entry that its worker has not finished for this long is taken over.  A worker that wakes up later flushes it a
@@ -76,9 +78,11 @@ class Flush:
         self._now = now
         self._generation = 0
         self._own_pending = True  # entries read before a crash or an error come first
+        self.behind = False  # the last step left something that it could have read
 
     async def run_once(self, *, block_ms: int = 0) -> Flushed:
-        """Flushes up to ENTRIES_MAX entries of the open generation, waiting ``block_ms`` for the first of them.
+        """Flushes what has come into the outbox of the open generation, up to about CODES_MAX codes, waiting
+        ``block_ms`` for the first of them.
 
         Raises RedisUnreachable, StoreUnreachable or UnknownIdKey; entries stay in the outbox then, and the next step
         has them.
@@ -229,13 +233,25 @@ class Flush:
         if self._own_pending:
             reply = await redis.xreadgroup(GROUP, self._consumer, {outbox: "0"}, count=ENTRIES_MAX)
             if entries := _entries(reply):
+                self.behind = True
                 return entries
             self._own_pending = False
         _, claimed, *_ = await redis.xautoclaim(outbox, GROUP, self._consumer, CLAIM_AFTER_MS, count=ENTRIES_MAX)
         if claimed:
+            self.behind = True
             return list(claimed)
-        reply = await redis.xreadgroup(GROUP, self._consumer, {outbox: ">"}, count=ENTRIES_MAX, block=block_ms or None)
-        return _entries(reply)
+        self._own_pending = True  # what was read is ours, should the next read fail
+        entries, codes, wait_ms = [], 0, block_ms or None
+        while codes < CODES_MAX:  # many small entries share a transaction, too
+            reply = await redis.xreadgroup(GROUP, self._consumer, {outbox: ">"}, count=ENTRIES_MAX, block=wait_ms)
+            some = _entries(reply)
+            entries += some
+            codes += sum(_counted(fields or {}, "codes") for _, fields in some)
+            self.behind = len(some) == ENTRIES_MAX
+            if not self.behind:
+                break
+            wait_ms = None
+        return entries
 
     async def _make_group(self, generation: int) -> None:
         outbox = keys.outbox(self._scripts.partition, generation)

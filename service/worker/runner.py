@@ -22,7 +22,7 @@ from service.settings import Settings
 from service.store.database import Database, check_migrated
 from service.vetting import Vetting
 from service.worker.changes import Changes
-from service.worker.flush import BLOCK_MS, ENTRIES_MAX, Flush
+from service.worker.flush import BLOCK_MS, Flush
 from service.worker.generating import Fill
 from service.worker.publish import republish_once
 from service.worker.recover import Recover
@@ -101,7 +101,8 @@ async def _work(settings: Settings, stop: asyncio.Event, make_flush: Callable[..
         refused: list[Misconfigured] = []
 
         async def flush_step() -> bool:
-            return (await flush.run_once(block_ms=BLOCK_MS)).entries >= ENTRIES_MAX
+            await flush.run_once(block_ms=BLOCK_MS)
+            return flush.behind
 
         async def refill_step() -> bool:
             return (await refill.step(wait_s=DEMAND_S)).codes > 0
