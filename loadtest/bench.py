@@ -136,7 +136,7 @@ def _cases(stack: ExitStack, options: argparse.Namespace, console: Console) -> I
     yield Case(ISSUE, up, up.vouchers())
     yield Case(REPLAY, up, Repeated(up.vouchers(), requests // 10))
     yield Case(REFUSAL, up, up.vouchers(DRY), status=409)
-    yield Case(TRACED, up, up.vouchers(traced=True))
+    yield Case(NEW_HEADERS, up, up.vouchers(new_headers=True))
     yield Case(ONE, up, up.v3(1), part=TWENTY_PART)
     yield Case(EACH, up, up.v3(TWENTY), part=TWENTY_PART, vouchers=TWENTY)
     yield Case(LIMITED, up, up.limited())
@@ -155,7 +155,7 @@ def _cases(stack: ExitStack, options: argparse.Namespace, console: Console) -> I
 FLOOR = "no-op application"
 ISSUE, ISSUE_EVERYSEC, ISSUE_NO = "voucher, always", "voucher, everysec", "voucher, no"
 LIMITED = "voucher, rate limit"
-REPLAY, REFUSAL, TRACED = "replay", "409, no codes left", "voucher, new headers"
+REPLAY, REFUSAL, NEW_HEADERS = "replay", "409, no codes left", "voucher, new headers"
 ONE, EACH = "v3, one voucher", f"v3, each of {TWENTY}"
 
 

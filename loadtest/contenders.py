@@ -67,9 +67,9 @@ class Voucherd(Contender, frozen=True, kw_only=True):
     stock: Callable[[int], None]  # so many codes more are in its campaign's pool
     fsync_ms: Callable[[], float]  # the slowest fsync of its Valkey since this was asked last, in ms; 0 below FSYNC_MS
 
-    def vouchers(self, product: str = PRODUCT, *, traced: bool = False) -> VoucherRequests:
+    def vouchers(self, product: str = PRODUCT, *, new_headers: bool = False) -> VoucherRequests:
         """Requests of the Voucher Request API."""
-        return VoucherRequests(self.demo["token"], self.demo["distributor_id"], product, traced=traced)
+        return VoucherRequests(self.demo["token"], self.demo["distributor_id"], product, new_headers=new_headers)
 
     def limited(self) -> VoucherRequests:
         """Those of a distributor with a rate limit that it never reaches."""

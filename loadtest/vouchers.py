@@ -11,16 +11,16 @@ TERMINALS = 1000
 class VoucherRequests:
     """A voucher of ``product`` for one of TERMINALS terminals, under a request id (a UUID) that was never sent before.
 
-    ``traced``: with a header that is another one each time, as callers that trace their requests send.
+    ``new_headers``: with one that is another each time and that the service does not know.
     """
 
-    def __init__(self, token: str, distributor: str, product: str = "PAY", *, traced: bool = False) -> None:
+    def __init__(self, token: str, distributor: str, product: str = "PAY", *, new_headers: bool = False) -> None:
         self._head = (
             "POST /api/v1/voucher/request HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             f"Authorization: Bearer {token}\r\n"
         ).encode()
         self._tail = f'","distributor_id":"{distributor}","product_ids":["{product}"],"terminal_id":"AT-'.encode()
-        self._traced = traced
+        self._new_headers = new_headers
         self._sent = 0
 
     def __call__(self, _: int) -> bytes:
@@ -30,8 +30,8 @@ class VoucherRequests:
     def request(self, id: bytes, terminal: int) -> bytes:
         """The request with this id."""
         body = b'{"request_id":"%b%b%d"}' % (id, self._tail, terminal)
-        trace = b"traceparent: 00-%b-%b-01\r\n" % (secrets.token_bytes(16).hex().encode(), b"00f067aa0ba902b7")
-        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, trace if self._traced else b"", len(body), body)
+        other = b"X-Correlation-Id: %b\r\n" % secrets.token_hex(16).encode() if self._new_headers else b""
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, other, len(body), body)
 
 
 class Repeated:
