@@ -316,9 +316,9 @@ async def _take_their_places(conn: AsyncConnection, rows: Rows) -> None:
         found = await conn.execute(select(set_asides.c.lot, set_asides.c.seq).where(sealed))
         withdrawn.update((lot, seq) for lot, seq in found)
         await conn.execute(delete(set_asides).where(sealed))
-    for n, row in enumerate(rows.asides):
-        if row.why == TAKEN_BACK and (row.lot, row.seq) in withdrawn:
-            rows.asides[n] = row._replace(why=WITHDRAWN)
+    for n, aside in enumerate(rows.asides):
+        if aside.why == TAKEN_BACK and (aside.lot, aside.seq) in withdrawn:
+            rows.asides[n] = aside._replace(why=WITHDRAWN)
     request_of = {row[:4]: row for row in rows.requests}
     coming = {(row.lot, row.seq): (row.digest, request_of[*row[:3], row.request_ordinal]) for row in rows.issuances}
     for positions in chunks(sorted(coming)):

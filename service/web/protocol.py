@@ -140,7 +140,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self.whole and self._take_known(data):
             return
-        alone, self.new = self.whole, None
+        alone = self._comes_alone()
         self.received += len(data)
         try:
             self.parser.feed_data(data)
@@ -310,6 +310,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.timer is not None:
             self._disarm()
         return True
+
+    def _comes_alone(self) -> bool:
+        """Whether what comes now begins between two requests; the one that was read before it is forgotten."""
+        self.new = None
+        return self.whole
 
     def _remember(self, data: bytes, exchange: Exchange) -> None:
         """``data`` was given to the parser between two requests; the last one in it was plain."""
