@@ -171,7 +171,10 @@ async def test_while_a_call_is_on_the_wire_the_next_batch_gathers_and_none_passe
     await service.drain()
 
 
-async def test_after_a_large_batch_those_who_come_back_at_once_share_the_next_one() -> None:
+async def test_after_a_large_batch_those_who_come_back_at_once_share_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.issuance.GATHER_S", 0.2)  # in which a busy machine, too, comes to some turns
     script = Script("ISSUED")
     service = issuer(script)
 
