@@ -62,7 +62,7 @@ CHECKS_MAX: Final = 1_024
 ATTEMPTS_MAX: Final = 4
 
 # Requests of one pool that wait for its refill; past it 503 `refilling`.
-REFILL_WAITERS_MAX: Final = 512
+REFILL_WAITERS_MAX: Final = 1_024
 
 # A refill takes a store transaction and a script, some 5 ms; asking again starts there and backs off.
 REFILL_RETRY_S_MIN: Final = 0.005

@@ -75,23 +75,24 @@ async def withdraw(
         total = _sum(total, done)
     left = await _leave_windows(database, scripts, refill, pool, total.leased)
     issued, aside = await _became(database, left.gone)
+    sealed = 0  # in quarantine still: a late flush may have taken some since they were looked at
     for some in chunks(left.quarantined):
         async with database.write() as conn:
             await unseen.lock(conn, scripts.partition)
             positions = [(one.code.lot, one.code.seq) for one in some]
-            await unseen.set_aside(conn, scripts.partition, positions, WITHDRAWN, now())
+            sealed += len(await unseen.set_aside(conn, scripts.partition, positions, WITHDRAWN, now()))
     async with database.write() as conn:
         what = f"lot {lot}" if lot is not None else f"{len(named)} codes"
-        detail = f"{what}: {total.stored} in stock, {left.taken} in windows; {reason}"
+        detail = f"{what}: {total.stored} in stock, {left.taken} in windows, {sealed} in quarantine; {reason}"
         await control.log(conn, actor=actor, action="pool withdraw", subject=pool, detail=detail, now=now())
     return Withdrawal(
         pool=pool,
         stock=total.stored,
         windows=left.taken,
         before=total.before + aside,
-        quarantined=len(left.quarantined),
+        quarantined=sealed,
         issued=total.issued + issued,
-        on_the_way=len(left.gone) - issued - aside,
+        on_the_way=len(left.gone) - issued - aside + len(left.quarantined) - sealed,
         unknown=total.unknown,
         unreached=left.unreached,
     )
