@@ -93,7 +93,8 @@ secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, 
 	@for name in redis_voucherd_password redis_operator_password store_password grafana_password; do \
 		test -s $(SECRETS)/$$name || $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $(SECRETS)/$$name; \
 	done
-	@test -e $(SECRETS)/voucherd_secrets || $(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets
+	@test -s $(SECRETS)/voucherd_secrets || { rm -f $(SECRETS)/voucherd_secrets; \
+		$(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets; }
 	@chmod 444 $(SECRETS)/*  # a container's user is another one; the directory is closed
 
 manifests: install ## deploy/kubernetes held against the schemas of Kubernetes, which are installed for it

@@ -284,7 +284,7 @@ def test_all_secrets_are_made_by_make(tmp_path: Path) -> None:
     recipe = (ROOT / "Makefile").read_text().partition("\nsecrets:")[2].partition("\n\n")[0]
     for secret in COMPOSE["secrets"].values():
         assert Path(secret["file"]).name in recipe
-    assert recipe.count("test -e") == 2
+    assert recipe.count("test -s") == 2
 
 
 # --- what reads them takes them
