@@ -82,6 +82,11 @@ def uuid_text(number: int) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+def uuid_told(octets: bytes | None) -> str:
+    """A UUID's 16 bytes as it is written; '' for none."""
+    return "" if octets is None else uuid_text(int.from_bytes(octets, "big"))
+
+
 def random_uuid(bits: int) -> str:
     """A UUID of version 4 from 128 random bits."""
     return uuid_text(bits & _VERSION | _RANDOM)

@@ -1,10 +1,9 @@
 """How this process reaches Redis: redis-py, and past it one connection for script calls that costs less.
 
 redis-py opens the connection (with TLS, if the URL says so), authenticates on it and selects the database, so every URL
-that it takes works.  What it
-does for each command after that (timeouts made of tasks, checks of the connection, arguments encoded and written one
-by one) costs more than the batch that it carries, so a script call goes out as one piece, and what comes back is
-read by the same parser in the transport's own callback.
+that it takes works.  What it does for each command after that (timeouts made of tasks, checks of the connection,
+arguments encoded and written one by one) costs more than the batch that it carries, so a script call goes out as one
+piece, and what comes back is read by the same parser in the transport's own callback.
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import parse_qsl
-from uuid import UUID
 
 from service.domain import Terms
-from service.identity import Identity
+from service.identity import Identity, uuid_told
 from service.store.vouchers import Held
 from service.web.problems import Answer
 from service.web.v3_errors import JSON, refusal
@@ -90,7 +89,7 @@ def uuid_of(text: str) -> bytes | None:
 def _told(held: Held, now: int) -> str:
     return told_now(
         Terms.unpack(held.terms), held.product, held.face_value, held.code,
-        Identity(str(UUID(bytes=held.voucher_id)), held.short, held.pin), held.issued_at, held.code_expires_at,
+        Identity(uuid_told(held.voucher_id), held.short, held.pin), held.issued_at, held.code_expires_at,
         status=held.status, remaining=held.remaining, now=now,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from service import keys
 from service.domain import instant
 from service.errors import Fault, RedisUnreachable
-from service.identity import uuid_text
+from service.identity import uuid_told
 from service.scripts import Scripts
 from service.store import generations, ledger
 from service.store.database import Database
@@ -100,16 +100,12 @@ def fields(one: Found) -> dict[str, object]:
         "outbox": f"{one.partition}/{one.generation}/{one.outbox_seq}.{one.ordinal}",
         "flushed_at": instant(one.flushed_at),
         "double": one.double,
-        "voucher_id": _uuid(one.voucher_id),
+        "voucher_id": uuid_told(one.voucher_id),
         "client_reference": one.client_reference,
-        "answer_id": _uuid(one.answer_id),
+        "answer_id": uuid_told(one.answer_id),
         "trace_id": one.trace_id,
         "parent_id": one.parent_id,
     }
-
-
-def _uuid(octets: bytes | None) -> str:
-    return "" if octets is None else uuid_text(int.from_bytes(octets, "big"))
 
 
 FIELDS: Final = tuple(fields(Found(*(0,) * 4, *("",) * 10, *(0,) * 6, "", "", 0, False)))

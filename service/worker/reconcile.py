@@ -19,7 +19,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import instant
-from service.identity import uuid_text
+from service.identity import uuid_told
 from service.store import ledger, reconciling
 from service.store.database import Database
 from service.store.ledger import Wanted
@@ -166,20 +166,16 @@ def _result(outcome: Outcome, reason: str, line: Line, one: Known | None) -> Res
     if one is None:
         return Result(outcome, reason, line.code, line.line, line.request_id)
     return Result(
-        outcome, reason, line.code, line.line, one.request_id or line.request_id, _uuid(one.voucher_id),
+        outcome, reason, line.code, line.line, one.request_id or line.request_id, uuid_told(one.voucher_id),
         one.distributor, instant(one.issued_at) if one.issued_at else "", one.pool, one.lot, one.seq,
     )  # fmt: skip
 
 
 def _lacking(one: ledger.Found) -> Result:
     return Result(
-        "missing_there", "given twice" if one.double else "", one.code, 0, one.request_id, _uuid(one.voucher_id),
+        "missing_there", "given twice" if one.double else "", one.code, 0, one.request_id, uuid_told(one.voucher_id),
         one.distributor, instant(one.issued_at), one.pool, one.lot, one.seq,
     )  # fmt: skip
-
-
-def _uuid(voucher_id: bytes | None) -> str:
-    return "" if voucher_id is None else uuid_text(int.from_bytes(voucher_id, "big"))
 
 
 class _Seen:
