@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service import keys
 from service.catalogue import Cap, Catalogue, encode, load, period_bounds
 from service.domain import Record, Request, Rule, Terms
 from service.identity import IdKeys
@@ -117,6 +118,14 @@ class Stage:
         )
         assert reply.status == "OK"
         return reply.answers
+
+    async def lose_redis(self) -> list[tuple[str, dict[str, str]]]:
+        """Redis is emptied, and the second generation is open.  What was in the first one's outbox, for a copy of it
+        that turns up late."""
+        entries = list(await self.scripts.redis.xrange(keys.outbox(0, 1)))
+        await self.scripts.redis.flushall()
+        assert await self.open() == 2
+        return entries
 
     async def issue_everything(self) -> list[str]:
         """All codes that could still be issued, and all of them are in the ledger."""

@@ -40,6 +40,13 @@ async def _four_issued(stage: Stage) -> None:
     await stage.flush.run_once()
 
 
+async def _fifth_lost(stage: Stage) -> list[tuple[str, dict[str, str]]]:
+    """The four are issued, and CODE-0004 for "late", whose outbox entry comes back."""
+    await _four_issued(stage)
+    await stage.issue("late")
+    return await stage.lose_redis()
+
+
 def _file(tmp_path: Path, text: str, name: str = "partner.csv") -> str:
     (tmp_path / name).write_text(text)
     return str(tmp_path / name)
@@ -248,15 +255,7 @@ def test_a_late_flush_of_a_returned_code_is_an_incident_and_no_second_voucher(
     """A copy of the lost outbox turns up: a worker that slept, or an old server."""
     stocked(tmp_path, CODES)
 
-    async def lose(stage: Stage) -> list[Any]:
-        await _four_issued(stage)
-        await stage.issue("late")  # CODE-0004
-        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
-        await stage.scripts.redis.flushall()
-        assert await stage.open() == 2
-        return entries
-
-    entries = store(lose)
+    entries = store(_fifth_lost)
     done = orjson.loads(_unseen(tmp_path, monkeypatch, 0, 1, 2, 3, more=("--yes",)).stdout)
     assert done["unseen"] == 36
     assert store(Stage.issue_everything).count("CODE-0004") == 1
@@ -404,15 +403,7 @@ def test_a_late_entry_of_an_adopted_code_takes_its_place_if_it_is_the_same_and_i
 ) -> None:
     stocked(tmp_path, CODES)
 
-    async def lose(stage: Stage) -> list[Any]:
-        await _four_issued(stage)
-        await stage.issue("late")  # CODE-0004
-        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
-        await stage.scripts.redis.flushall()
-        assert await stage.open() == 2
-        return entries
-
-    entries = store(lose)
+    entries = store(_fifth_lost)
     key = "late" if by == "DIST-001" else "claimed"
     _adopted(tmp_path, f"code,request_id\nCODE-0004,{key}\n", "--yes")
 

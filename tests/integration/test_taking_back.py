@@ -61,11 +61,8 @@ def test_a_code_that_is_withdrawn_on_its_way_back_never_comes_to_stock(store: On
     _on_their_way(store, tmp_path)
 
     async def lose(stage: Stage) -> tuple[list[Any], str]:
-        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
-        code = entries[0][1]["asides"].split("\x1e")[0].split("\t")[3]
-        await stage.scripts.redis.flushall()
-        assert await stage.open() == 2
-        return entries, code
+        entries = await stage.lose_redis()
+        return entries, entries[0][1]["asides"].split("\x1e")[0].split("\t")[3]
 
     async def late(stage: Stage) -> None:
         for _ in range(2):  # the second time as after a crash before the entry was gone

@@ -117,10 +117,7 @@ def test_what_was_lost_with_redis_is_said_to_be_in_quarantine_and_can_not_be_ret
     async def lose(stage: Stage) -> list[Any]:
         await stage.refill.run_once()
         await stage.issue("lost")  # CODE-0000
-        entries = list(await stage.scripts.redis.xrange(keys.outbox(0, 1)))
-        await stage.scripts.redis.flushall()
-        assert await stage.open() == 2
-        return entries
+        return await stage.lose_redis()
 
     async def returned(stage: Stage) -> int:
         back = Back(

@@ -18,6 +18,7 @@ from service.domain import (
     Code,
     Issued,
     KeyReused,
+    Outcome,
     RateLimit,
     RateLimited,
     Record,
@@ -155,17 +156,23 @@ async def test_a_request_is_answered_by_its_own_record_and_a_replay_says_so() ->
     await service.drain()
 
 
-async def test_while_a_call_is_on_the_wire_the_next_batch_gathers_and_none_passes_its_bound() -> None:
-    script = Script("ISSUED")
+async def more_than_two_batches(script: Script) -> tuple[Issuer, list[asyncio.Task[Outcome]]]:
+    """An issuer with so many requests, whose script begins to answer in the next turn of the loop."""
     script.hold = asyncio.Event()
     count = 2 * BATCH_VOUCHERS_MAX + 100
     service = issuer(script, queue_max=3 * count)
-    answers = [asyncio.create_task(service.issue(TOKEN, request(f"k{i}"))) for i in range(count)]
+    answers = [asyncio.create_task(service.issue(TOKEN, request(f"k{number}"))) for number in range(count)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     script.hold.set()
+    return service, answers
+
+
+async def test_while_a_call_is_on_the_wire_the_next_batch_gathers_and_none_passes_its_bound() -> None:
+    script = Script("ISSUED")
+    service, answers = await more_than_two_batches(script)
     assert {type(answer) for answer in await asyncio.gather(*answers)} == {Issued}
-    assert sum(map(len, script.batches)) == count
+    assert sum(map(len, script.batches)) == len(answers)
     assert max(map(len, script.batches)) <= BATCH_VOUCHERS_MAX
     assert len(script.batches) <= 4
     await service.drain()
@@ -203,13 +210,7 @@ async def test_who_comes_after_a_small_batch_never_waits() -> None:
 
 async def test_a_full_batch_never_waits_for_more() -> None:
     script = Script("ISSUED")
-    script.hold = asyncio.Event()
-    count = 2 * BATCH_VOUCHERS_MAX + 100
-    service = issuer(script, queue_max=3 * count)
-    answers = [asyncio.create_task(service.issue(TOKEN, request(f"k{number}"))) for number in range(count)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    script.hold.set()
+    service, answers = await more_than_two_batches(script)
     await asyncio.sleep(0)  # one turn of the loop: both are called for in it
     assert [len(batch) for batch in script.batches] == 2 * [BATCH_VOUCHERS_MAX]
     assert {type(answer) for answer in await asyncio.gather(*answers)} == {Issued}
