@@ -7,6 +7,7 @@ the record, so that a record answers with the same ids after the present key was
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from hashlib import blake2b
 from string import ascii_lowercase, ascii_uppercase, digits
@@ -85,6 +86,19 @@ def uuid_text(number: int) -> str:
 def uuid_told(octets: bytes | None) -> str:
     """A UUID's 16 bytes as it is written; '' for none."""
     return "" if octets is None else uuid_text(int.from_bytes(octets, "big"))
+
+
+def same_id(one: str, other: str) -> bool:
+    """Whether both name the same: as texts, and where both are UUIDs whatever the case of their letters."""
+    return one == other or (one.lower() == other.lower() and is_uuid(one))
+
+
+def is_uuid(text: str) -> bool:
+    """Whether it is one with its hyphens, in letters of either case."""
+    return _UUID(text) is not None
+
+
+_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}").fullmatch
 
 
 def random_uuid(bits: int) -> str:

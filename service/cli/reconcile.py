@@ -84,9 +84,9 @@ def reconcile(
     """Hold what partners say they received against the ledger: matched, missing here, missing there, different.
 
     CSV has a header, its columns in any order: code (or voucher_code), and as
-    the partner likes request_id, voucher_id and received_at (a time with its
-    zone); other columns are passed over. NDJSON has an object of the same names
-    a line.
+    the partner likes request_id, idempotency_key (of Client API v3), voucher_id
+    and received_at (a time with its zone); other columns are passed over.
+    NDJSON has an object of the same names a line.
 
     matched: the ledger says the same. different: it has the code for another
     distributor, request or voucher, or issued later than it was received.
@@ -105,9 +105,10 @@ def reconcile(
     ledger is missing there. Only what was lost before --until comes back.
 
     --adopt takes FILE at its word: a code of the campaign's pool that is in
-    quarantine, and that a line names with its request_id, is in the ledger
-    then, for the one --distributor whose file it is. Nobody else gets it, and
-    nobody gets it again by a replay.
+    quarantine, and that a line names with its request_id (idempotency_key, if
+    it is a product of Client API v3), is in the ledger then, for the one
+    --distributor whose file it is. Nobody else gets it, and nobody gets it
+    again by a replay.
     """
     zone = options.typed(zones.zone, time_zone)
     wanted = Wanted(
@@ -189,7 +190,7 @@ def reconcile(
         elif adopt is not None and yes:
             say(f"{done.adopted:,} codes that {names} received are in the ledger now, as issued by {adopt}.")
         elif adopt is not None:
-            say(f"{done.adopted:,} codes in quarantine are in {file} with their request_id: --yes adopts them.")
+            say(f"{done.adopted:,} codes in quarantine are in {file} with their key: --yes adopts them.")
     off = sum(done.of(one) for one in OUTCOMES if one not in ("matched", "repeated")) - yes * done.adopted
     if not off:
         if not as_json:

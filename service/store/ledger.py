@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -15,6 +14,7 @@ from sqlalchemy import ColumnElement, FromClause, Row, Select, Table, and_, func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
+from service.identity import is_uuid
 from service.store.database import chunks
 from service.store.entries import Entry, Way, unfit, way_of
 from service.store.flush import ADOPTED, DOUBLE_ISSUE, QUARANTINE, Flushed, flush, lacking, park, raise_incident
@@ -223,14 +223,11 @@ async def find(
 
 
 async def _called(conn: AsyncConnection, request_id: str) -> ColumnElement[bool]:
-    if _UUID(request_id):
+    if is_uuid(request_id):
         answered = requests.c.answer_id == UUID(request_id).bytes
         if (await conn.execute(select(requests.c.key).where(answered).limit(1))).first() is not None:
             return answered
     return requests.c.key == request_id
-
-
-_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}").fullmatch
 
 
 async def earliest_first(conn: AsyncConnection, wanted: Wanted) -> AsyncIterator[list[Found]]:

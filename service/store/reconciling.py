@@ -30,7 +30,8 @@ class Known(msgspec.Struct, frozen=True):
     lot: int
     seq: int
     distributor: str = ""
-    request_id: str = ""
+    key: str = ""
+    answer_id: bytes | None = None  # the request_id of its answers, where the key is not that
     voucher_id: bytes | None = None
     issued_at: int = 0
 
@@ -42,7 +43,8 @@ async def known(conn: AsyncConnection, digests: Sequence[bytes]) -> dict[bytes, 
         issued = await conn.execute(
             select(
                 issuances.c.digest, requests.c.api, requests.c.pool, issuances.c.lot, issuances.c.seq,
-                requests.c.distributor, requests.c.key, issuances.c.voucher_id, requests.c.issued_at,
+                requests.c.distributor, requests.c.key, requests.c.answer_id, issuances.c.voucher_id,
+                requests.c.issued_at,
             )
             .join(requests, is_request_of(issuances))
             .where(issuances.c.digest.in_(some))

@@ -8,14 +8,13 @@ the other (v3_reading.py).
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import parse_qsl
 
 from service.domain import Terms
-from service.identity import Identity, uuid_told
+from service.identity import Identity, is_uuid, uuid_told
 from service.store.vouchers import Held
 from service.web.problems import Answer
 from service.web.v3_errors import JSON, refusal
@@ -24,8 +23,6 @@ from service.web.v3_voucher import told_now
 
 # Ids in one request (api-v3 "Endpoints").
 IDS_MAX: Final = 20
-
-_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}").fullmatch
 
 
 class OwnVouchers:
@@ -83,7 +80,7 @@ def ids_of(query: bytes) -> list[bytes] | str:
 
 def uuid_of(text: str) -> bytes | None:
     """The 16 bytes of a UUID as UUIDs are written, in any case; None if it is none."""
-    return bytes.fromhex(text.replace("-", "")) if _UUID(text) else None
+    return bytes.fromhex(text.replace("-", "")) if is_uuid(text) else None
 
 
 def _told(held: Held, now: int) -> str:

@@ -1,7 +1,8 @@
 """Adopting: what a partner received from a window that was lost comes into the ledger, by its word.
 
-The ledger has such a code for the distributor whose file it is, under the request_id that the file names; a line
-without one says too little.  Which campaign issued it, the operator says.  No replay is made of it: what the client was
+The ledger has such a code for the distributor whose file it is, under the key that the file names: the request_id, and
+of a product of Client API v3 the idempotency_key, whose answers have a request_id that nobody asks by.  A line without
+one says too little.  Which campaign issued it, the operator says.  No replay is made of it: what the client was
 told besides the code nobody knows.
 """
 
@@ -48,6 +49,7 @@ class Adoption:
         self._rehearse = rehearse
         self._now = now
         self._rule: Rule | None = None
+        self._keyed = False  # Client API v3 issues by it
         self.adopted = 0  # codes so far
 
     async def begin(self) -> None:
@@ -57,6 +59,7 @@ class Adoption:
         async with self._database.read() as conn:
             campaign = (await register.rule(conn, self._campaign)).campaign
             could = await unseen.could_have_received(conn, campaign.pool)
+            self._keyed = self._campaign in {product.code for product, _ in await register.all_products(conn)}
         if self._distributor not in could:
             raise Conflict(
                 f"{self._distributor} is assigned to no campaign of pool {campaign.pool}, and never got a code of it: "
@@ -70,7 +73,7 @@ class Adoption:
         Raises StoreUnreachable: some may be; doing it again goes on.
         """
         assert self._rule is not None
-        named = {digest(line.code): Received(line.request_id, line.received_at) for line in lines if line.request_id}
+        named = {digest(line.code): Received(key, line.received_at) for line in lines if (key := self._key(line))}
         if not named:
             return
         given = (self._scripts.partition, self._rule, self._distributor, named)
@@ -80,6 +83,12 @@ class Adoption:
         else:
             async with self._database.write() as conn:
                 self.adopted += await adoption.adopt(conn, *given, self._now())
+
+    def _key(self, line: Line) -> str:
+        """That of the request, as the service has it; '' if the line does not say."""
+        if self._keyed:
+            return line.idempotency_key.lower()  # a UUID, which is kept in small letters
+        return line.request_id or line.idempotency_key
 
     async def end(self) -> None:
         """What was adopted is in the audit log.  Raises StoreUnreachable."""

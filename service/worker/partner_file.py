@@ -1,5 +1,5 @@
-"""What a partner says it received: CSV, ``code[,request_id][,voucher_id][,received_at]`` with a header in any order,
-or NDJSON, one object of the same names a line.
+"""What a partner says it received: CSV, ``code[,request_id][,idempotency_key][,voucher_id][,received_at]`` with a
+header in any order, or NDJSON, one object of the same names a line.
 
 Other columns are passed over: partners send what their systems write.  Nothing that is said about a line quotes it.
 """
@@ -18,7 +18,7 @@ import msgspec
 from service.worker.codes_file import split, text_of
 from service.worker.content import Content, UnusableFile
 
-COLUMNS: Final = ("code", "request_id", "voucher_id", "received_at")
+COLUMNS: Final = ("code", "request_id", "idempotency_key", "voucher_id", "received_at")
 # What our own exports and API call the code.
 SYNONYMS: Final = {"voucher_code": "code"}
 
@@ -26,11 +26,16 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One line.  '' and None: it does not say.  ``unreadable``: why it is of no use; then the rest is empty."""
+    """One line.  '' and None: it does not say.  ``unreadable``: why it is of no use; then the rest is empty.
+
+    ``request_id`` is what the partner calls by that name: its own id in the Voucher Request API, and in Client API v3,
+    where it sends ``idempotency_key``, that of our answer.
+    """
 
     line: int
     code: str = ""
     request_id: str = ""
+    idempotency_key: str = ""
     voucher_id: bytes | None = None
     received_at: int | None = None
     unreadable: str = ""
@@ -73,7 +78,7 @@ def _header(name: str, raw: bytes) -> list[str]:
         # Not quoted: a file without a header has a code there.
         raise UnusableFile(
             f"the first line of {name} has to name its columns, separated by commas: code, and as you like "
-            "request_id, voucher_id and received_at"
+            "request_id, idempotency_key, voucher_id and received_at"
         )
     return columns
 
@@ -84,10 +89,10 @@ def _lines(raw_lines: Iterable[tuple[int, bytes]], fields: Callable[[str], list[
             text = text_of(raw)
             if not text or text.isspace():
                 continue
-            code, request_id, voucher_id, received_at = fields(text)
+            code, request_id, key, voucher_id, received_at = fields(text)
             if not code:
                 raise ValueError("no code")
-            line = Line(number, code, request_id, _uuid(voucher_id), _time(received_at))
+            line = Line(number, code, request_id, key, _uuid(voucher_id), _time(received_at))
         except ValueError as unreadable:
             line = Line(number, unreadable=str(unreadable))
         yield line
@@ -114,6 +119,7 @@ class _Object(msgspec.Struct):
     code: str = ""
     voucher_code: str = ""
     request_id: str | None = None
+    idempotency_key: str | None = None
     voucher_id: str | None = None
     received_at: str | None = None
 
@@ -125,10 +131,11 @@ def _object(text: str) -> list[str]:
     try:
         found = _decode(text)
     except msgspec.ValidationError:  # not repeated: it may quote the line
-        raise ValueError("no object of code and, as you like, request_id, voucher_id and received_at, texts") from None
+        raise ValueError(f"no object of code and, as you like, {', '.join(COLUMNS[1:])}, all of them texts") from None
     except msgspec.DecodeError:
         raise ValueError("no JSON") from None
-    return [found.code or found.voucher_code, found.request_id or "", found.voucher_id or "", found.received_at or ""]
+    others = (found.request_id, found.idempotency_key, found.voucher_id, found.received_at)
+    return [found.code or found.voucher_code, *(one or "" for one in others)]
 
 
 def _uuid(text: str) -> bytes | None:

@@ -19,7 +19,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import instant
-from service.identity import uuid_told
+from service.identity import same_id, uuid_told
 from service.store import ledger, reconciling
 from service.store.database import Database
 from service.store.ledger import Wanted
@@ -149,7 +149,9 @@ def _judged(line: Line, one: Known | None, wanted: Wanted, distributors: Sequenc
         return "missing_here", one.place
     if one.distributor not in distributors:
         return "different", "issued to another distributor"
-    if line.request_id and line.request_id != one.request_id:
+    if line.idempotency_key and not same_id(line.idempotency_key, one.key):
+        return "different", "another idempotency_key"
+    if line.request_id and not _is_request(line, one):
         return "different", "another request_id"
     if one.place == ADOPTED:
         return "matched", ADOPTED  # the rest was taken from a line such as this
@@ -162,11 +164,17 @@ def _judged(line: Line, one: Known | None, wanted: Wanted, distributors: Sequenc
     return "matched", ""
 
 
+def _is_request(line: Line, one: Known) -> bool:
+    if one.place == ADOPTED and line.idempotency_key:
+        return True  # our answer's id is not known of what was adopted
+    return same_id(line.request_id, one.key) or same_id(line.request_id, uuid_told(one.answer_id))
+
+
 def _result(outcome: Outcome, reason: str, line: Line, one: Known | None) -> Result:
     if one is None:
         return Result(outcome, reason, line.code, line.line, line.request_id)
     return Result(
-        outcome, reason, line.code, line.line, one.request_id or line.request_id, uuid_told(one.voucher_id),
+        outcome, reason, line.code, line.line, one.key or line.request_id, uuid_told(one.voucher_id),
         one.distributor, instant(one.issued_at) if one.issued_at else "", one.pool, one.lot, one.seq,
     )  # fmt: skip
 

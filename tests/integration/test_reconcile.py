@@ -26,7 +26,7 @@ from service.worker.partner_file import Line
 from service.worker.refill import Refill
 from tests.acceptance.test_up import ROOT
 from tests.chaos.stage import POINTS
-from tests.integration.stage import Stage
+from tests.integration.stage import IDS, Stage
 from tests.integration.typed import OnStage, ok, refused, run, stocked
 from tests.servers import wait_until
 
@@ -395,6 +395,63 @@ def test_a_code_that_a_partner_received_is_in_the_ledger_once_and_nobody_elses(s
     assert not {"CODE-0004", "CODE-0005"} & set(given)
     store(Stage.balanced)
     assert [one[:2] for one in store(_logged) if one[0] == "adopt"] == [("adopt", "CAMP-001")] * 3
+
+
+KEY = "0b9a5f3e-7c1d-4e2a-9f00-00000000abcd"
+
+
+def test_a_voucher_of_client_api_v3_is_known_by_its_key_and_by_the_request_id_of_its_answer(
+    store: OnStage, tmp_path: Path
+) -> None:
+    stocked(tmp_path, 8)
+
+    async def issued(stage: Stage) -> tuple[str, str]:
+        await stage.refill.run_once()
+        record = await stage.issue_v3(KEY)
+        await stage.flush.run_once()
+        answered = IDS.request_id(record.rule.id_key, record.client, record.key, record.issued_at)
+        return record.codes[0].code, answered
+
+    code, answered = store(issued)
+    matched = {"lines": 1, "matched": 1, "reasons": {}}
+    for columns, cells in (
+        ("request_id", answered),
+        ("request_id", answered.upper()),
+        ("request_id", KEY.upper()),
+        ("request_id,idempotency_key", f"{answered},{KEY.upper()}"),
+    ):
+        assert _reconciled(_file(tmp_path, f"code,{columns}\n{code},{cells}\n")) == matched, cells
+    other = KEY.replace("0b", "0c")
+    for columns, cells, off in (
+        ("request_id", other, "request_id"),
+        ("idempotency_key", other, "idempotency_key"),
+        ("idempotency_key", answered, "idempotency_key"),
+        ("request_id,idempotency_key", f"{other},{KEY}", "request_id"),
+    ):
+        found = _reconciled(_file(tmp_path, f"code,{columns}\n{code},{cells}\n"), exit_code=1)
+        assert found["reasons"] == {("different", f"another {off}"): 1}, cells
+
+
+def test_a_code_of_client_api_v3_is_adopted_under_its_key_and_never_under_the_id_of_an_answer(
+    store: OnStage, tmp_path: Path
+) -> None:
+    stocked(tmp_path, CODES)
+    store(_lost)
+    ok(
+        "product", "create", "GIFT", "--name", "Gift", "--amount", "1000", "--currency", "SGD",
+        "--url", "https://v.example/", "--pool", "CAMP-001",
+    )  # fmt: skip
+    ok("product", "assign", "GIFT", "DIST-001")
+    answered = "11111111-2222-4333-8444-555555555555"
+    adopt = ("--adopt", "GIFT", "--reason", "lost", "--yes")
+    by_answer = _reconciled(_file(tmp_path, f"code,request_id\nCODE-0004,{answered}\n"), *adopt, exit_code=1)
+    assert by_answer.get("adoptable", 0) == 0, "nobody asks by the id of an answer"
+    both = _file(tmp_path, f"code,request_id,idempotency_key\nCODE-0004,{answered},{KEY.upper()}\n")
+    assert _reconciled(both, *adopt, exit_code=1)["adoptable"] == 1
+    [found] = orjson.loads(ok("ledger", "find", "--code", "CODE-0004", "--json").stdout)
+    assert (found["request_id"], found["campaign_id"]) == (KEY, "GIFT")
+    assert _reconciled(both, exit_code=1)["reasons"][("matched", "adopted")] == 1
+    store(Stage.balanced)
 
 
 @pytest.mark.parametrize("by", ["DIST-001", "another key"])
