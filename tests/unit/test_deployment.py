@@ -287,6 +287,20 @@ def test_all_secrets_are_made_by_make(tmp_path: Path) -> None:
     assert recipe.count("test -s") == 2
 
 
+def test_an_upgrade_applies_the_new_settings_before_the_first_pod_that_waits_for_them() -> None:
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    first = re.findall(r"^kubectl apply --kustomize deploy/kubernetes(.*)$", runbook, re.MULTILINE)[0]
+    (components,) = re.findall(r"--selector 'app\.kubernetes\.io/component in \((.*)\)'", first)
+    applied = set(components.split(", "))
+    (settings,) = KUSTOMIZATION["configMapGenerator"]
+    needed = [
+        settings["options"],
+        _kind("ServiceAccount")["voucherd"]["metadata"],
+        _kind("Job")["voucherd-migrate"]["metadata"],
+    ]
+    assert {one["labels"]["app.kubernetes.io/component"] for one in needed} == applied
+
+
 # --- what reads them takes them
 
 
