@@ -7,10 +7,10 @@ from typing import Annotated, Final
 import typer
 
 from service.cli import options
-from service.cli.console import print_json, print_table, say
+from service.cli.console import complain, print_json, print_table, say
 from service.settings import Settings
 from service.worker import forms
-from service.worker.capacity import NOOP_US, Figure, Load, Server, factors, plan
+from service.worker.capacity import BUSY, NOOP_US, Figure, Load, Server, carried, factors, plan
 
 _DEFAULT: Final = Settings()
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -47,7 +47,8 @@ def capacity(
 
     Reads nothing and changes nothing. It multiplies what was measured of one voucher, and says how: where each factor
     is from is in the JSON and in docs/runbook.md. Peaks that are planned for go into VOUCHERD_PLANNED_RATE,
-    VOUCHERD_REPLAY_RETENTION_S and VOUCHERD_STORE_OUTAGE_S.
+    VOUCHERD_REPLAY_RETENTION_S and VOUCHERD_STORE_OUTAGE_S. A peak above what
+    one Redis carries is said on standard error.
     """  # fmt: skip
     if mean is not None and mean > rate:
         raise typer.BadParameter("the mean of a day is not above its peak", param_hint="--mean")
@@ -56,6 +57,11 @@ def capacity(
         options.typed(forms.seconds, outage), server, works, noop,
     )  # fmt: skip
     found = plan(load)
+    if rate > (most := carried(load)):
+        complain(
+            f"{rate:,} vouchers a second are more than one Redis carries here ({most:,}, {BUSY:.0%} busy), and there "
+            "is one partition: an installation of its own for some distributors takes the rest"
+        )
     if as_json:
         print_json({"load": load, "figures": found, "factors": factors()})
         return

@@ -131,14 +131,19 @@ def _cpu(load: Load) -> list[Figure]:
     ):
         taken, how = cores(*factors)
         found.append(Figure("CPU at the peak", name, taken, "cores", how))
-    most = math.floor(BUSY / (scale * FACTORS["voucher, Redis with appendfsync always"] / 1e6))
     return [
         *found,
         Figure("CPU at the peak", "serving processes", processes(load), "processes",
                f"each busy to {BUSY:.0%} of a core: VOUCHERD_WORKERS of all `serve` together"),
-        Figure("CPU at the peak", "what one Redis carries", most, "vouchers a second",
+        Figure("CPU at the peak", "what one Redis carries", carried(load), "vouchers a second",
                f"it works in one thread, here busy to {BUSY:.0%}; there is one partition"),
     ]  # fmt: skip
+
+
+def carried(load: Load) -> int:
+    """Vouchers a second that one Redis issues on these machines, busy to ``BUSY``."""
+    us = load.noop_us / NOOP_US * FACTORS["voucher, Redis with appendfsync always"]
+    return math.floor(BUSY / (us / 1e6))
 
 
 def processes(load: Load) -> int:
@@ -171,7 +176,8 @@ def _disk(load: Load) -> list[Figure]:
                f"at most one a voucher, and {calls:,g} for {processes(load)} serving processes; one for each flush"),
         Figure("Disk", "fsyncs of PostgreSQL", commits, "a second",
                f"each `work` flushes {1 / FLUSH_S:g} times; two for each lease of {LEASE_CODES_MAX:,} codes"),
-        Figure("Disk", "append-only file", GROWN * rewritten, "bytes", "twice its rewritten length, at most"),
+        Figure("Disk", "append-only file", (GROWN + 1) * rewritten, "bytes",
+               "twice its rewritten length, at most, and the new file beside it while it is rewritten"),
         Figure("Disk", "load of it at a restart of Redis", load_s, "seconds",
                "nothing is issued meanwhile; then the generation rolls"),
     ]  # fmt: skip

@@ -43,6 +43,22 @@ def test_no_maxmemory_is_named_on_which_production_mode_would_not_start() -> Non
         assert figures(*arguments)["Redis: maxmemory"] >= settings.records_bytes
 
 
+def test_a_peak_that_one_redis_does_not_carry_is_said_and_a_smaller_one_is_not() -> None:
+    most = int(figures("--rate", "50")["CPU at the peak: what one Redis carries"])
+    for rate, says in ((most, ""), (most + 1, f"more than one Redis carries here ({most:,}")):
+        done = CliRunner().invoke(app, ["capacity", "--rate", str(rate), "--json"], prog_name="voucherd")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["load"]["rate"] == rate
+        assert (says in done.stderr) if says else not done.stderr
+
+
+def test_the_disk_has_room_for_the_old_file_and_the_new_one_during_a_rewrite() -> None:
+    said = asked("--rate", "1000", "--retention", "24h")
+    factor = {one["name"]: one["value"] for one in said["factors"]}
+    rewritten = 1_000 * 86_400 * factor["replay record in a rewritten append-only file"]
+    assert figures("--rate", "1000", "--retention", "24h")["Disk: append-only file"] == 3 * rewritten
+
+
 def test_more_load_never_takes_less() -> None:
     small, large = figures("--rate", "50"), figures("--rate", "20000")
     assert {name for name in small if large[name] < small[name]} == set()
