@@ -68,9 +68,10 @@ class Adoption:
         self._rule = Rule(campaign.id, campaign.pool, campaign.category, "", 0)
 
     async def adopt(self, lines: Sequence[Line]) -> None:
-        """Those of ``lines`` that name a code in quarantine with its request are in the ledger.
+        """Those of ``lines`` that name a code in quarantine with its request are in the ledger, and a line in the audit
+        log says how many, whatever comes after.
 
-        Raises StoreUnreachable: some may be; doing it again goes on.
+        Raises StoreUnreachable: they may be, or none of them; doing it again goes on.
         """
         assert self._rule is not None
         named = {digest(line.code): Received(key, line.received_at) for line in lines if (key := self._key(line))}
@@ -82,20 +83,16 @@ class Adoption:
                 self.adopted += len(await adoption.find(conn, *given))
         else:
             async with self._database.write() as conn:
-                self.adopted += await adoption.adopt(conn, *given, self._now())
+                adopted = await adoption.adopt(conn, *given, self._now())
+                if adopted:
+                    detail = f"{adopted} codes from quarantine that {self._distributor} received; {self._reason}"
+                    await control.log(
+                        conn, actor=self._actor, action="adopt", subject=self._campaign, detail=detail, now=self._now()
+                    )
+            self.adopted += adopted
 
     def _key(self, line: Line) -> str:
         """That of the request, as the service has it; '' if the line does not say."""
         if self._keyed:
             return line.idempotency_key.lower()  # a UUID, which is kept in small letters
         return line.request_id or line.idempotency_key
-
-    async def end(self) -> None:
-        """What was adopted is in the audit log.  Raises StoreUnreachable."""
-        if self._rehearse:
-            return
-        async with self._database.write() as conn:
-            detail = f"{self.adopted} codes from quarantine that {self._distributor} received; {self._reason}"
-            await control.log(
-                conn, actor=self._actor, action="adopt", subject=self._campaign, detail=detail, now=self._now()
-            )

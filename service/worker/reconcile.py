@@ -117,8 +117,6 @@ async def reconcile(
                 async for page in ledger.earliest_first(conn, of_one):
                     patience.stop_if_cancelled()
                     count([_lacking(given) for given in page if not seen.has(digest(given.code))])
-        if adoption is not None:
-            await adoption.end()
         found = Reconciled(done, dict(counts), adopted=0 if adoption is None else adoption.adopted)
         if back is None:
             return found

@@ -89,21 +89,21 @@ class Back:
                 returned += len(positions)
             elif positions:
                 returned += await self._return(positions)
-        if not self._rehearse:
-            async with self._database.write() as conn:
-                of = ", ".join(self._distributors)
-                detail = f"{returned} codes from quarantine that {of} did not receive; {self._reason}"
-                await control.log(
-                    conn, actor=self._actor, action="return unseen", subject=self._pool, detail=detail, now=self._now()
-                )
         return returned
 
     async def _return(self, positions: Sequence[tuple[int, int]]) -> int:
+        """A line in the audit log says how many came back, whatever comes after."""
         async with self._database.write() as conn:
             await unseen.lock(conn, self._scripts.partition)
             for generation in sorted(await unseen.generations_of(conn, self._scripts.partition, positions)):
                 await self._refuse_unsealed(generation)
             versions, count = await unseen.return_(conn, self._scripts.partition, positions, self._now())
+            if count:
+                of = ", ".join(self._distributors)
+                detail = f"{count} codes from quarantine that {of} did not receive; {self._reason}"
+                await control.log(
+                    conn, actor=self._actor, action="return unseen", subject=self._pool, detail=detail, now=self._now()
+                )
         for pool, version in versions.items():
             await tell_stock(self._scripts, pool, version)
         return count

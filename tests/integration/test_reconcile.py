@@ -246,7 +246,7 @@ def test_codes_that_nobody_received_are_issued_again_and_those_received_never(
     given = store(Stage.issue_everything)
     assert sorted(given) == ["CODE-0004", *(f"CODE-{number:04}" for number in range(6, CODES))]
     store(Stage.balanced)
-    assert [one[0] for one in store(_logged)].count("return unseen") == 2
+    assert [one[0] for one in store(_logged)].count("return unseen") == 1, "the second changed nothing"
 
 
 def test_a_late_flush_of_a_returned_code_is_an_incident_and_no_second_voucher(
@@ -303,6 +303,8 @@ def test_return_that_was_killed_half_way_loses_no_code_and_returns_none_twice(st
     assert died.returncode == -signal.SIGKILL, died.stderr
     [half] = orjson.loads(ok("codes", "count", "--json").stdout)
     assert 0 < half["taken_back"] < half["taken_back"] + half["quarantined"], "it died half-way"
+    said = sum(int(detail.split()[0]) for action, _, detail in store(_logged) if action == "return unseen")
+    assert said == half["taken_back"], "what a killed command had done is in the audit log"
     store(Stage.balanced)
     rest = orjson.loads(ok(*command).stdout)["unseen"]
     [whole] = orjson.loads(ok("codes", "count", "--json").stdout)
@@ -394,7 +396,9 @@ def test_a_code_that_a_partner_received_is_in_the_ledger_once_and_nobody_elses(s
     given = store(Stage.issue_everything)
     assert not {"CODE-0004", "CODE-0005"} & set(given)
     store(Stage.balanced)
-    assert [one[:2] for one in store(_logged) if one[0] == "adopt"] == [("adopt", "CAMP-001")] * 3
+    assert [one[:2] for one in store(_logged) if one[0] == "adopt"] == [("adopt", "CAMP-001")], (
+        "only one changed something"
+    )
 
 
 KEY = "0b9a5f3e-7c1d-4e2a-9f00-00000000abcd"
