@@ -612,7 +612,7 @@ class World:
         for (client, key), answers in self.truth.told.items():
             records = [Record.unpack(answer.record) for answer in answers if client == distributor]
             lines += [
-                Line(len(lines), code.code, key, None, record.issued_at if self.rng.random() < 0.5 else None)
+                Line(len(lines), code.code, key, received_at=record.issued_at if self.rng.random() < 0.5 else None)
                 for record in records
                 if record.rule.campaign == campaign
                 for code in record.codes
@@ -627,7 +627,6 @@ class World:
         await adoption.begin()
         await adoption.adopt(lines)
         self.counts["adopted"] += adoption.adopted
-        await adoption.end()
         return True
 
     async def _return_unseen(self, pool: str) -> None:
