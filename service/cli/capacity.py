@@ -47,8 +47,8 @@ def capacity(
 
     Reads nothing and changes nothing. It multiplies what was measured of one voucher, and says how: where each factor
     is from is in the JSON and in docs/runbook.md. Peaks that are planned for go into VOUCHERD_PLANNED_RATE,
-    VOUCHERD_REPLAY_RETENTION_S and VOUCHERD_STORE_OUTAGE_S. A peak above what
-    one Redis carries is said on standard error.
+    VOUCHERD_REPLAY_RETENTION_S and VOUCHERD_STORE_OUTAGE_S. A peak above what one Redis carries is said on standard
+    error.
     """  # fmt: skip
     if mean is not None and mean > rate:
         raise typer.BadParameter("the mean of a day is not above its peak", param_hint="--mean")

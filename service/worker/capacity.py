@@ -116,12 +116,6 @@ def _memory(load: Load, settings: Settings) -> list[Figure]:
 
 
 def _cpu(load: Load) -> list[Figure]:
-    scale = load.noop_us / NOOP_US
-
-    def cores(*names: str) -> tuple[float, str]:
-        us = scale * sum(FACTORS[name] for name in names)
-        return load.rate * us / 1e6, f"{us:.1f} us a voucher"
-
     found = []
     for name, factors in (
         ("serve", ("voucher, serving process",)),
@@ -129,8 +123,8 @@ def _cpu(load: Load) -> list[Figure]:
         ("work", ("voucher, worker: flush", "voucher, worker: lease")),
         ("PostgreSQL", ("voucher, PostgreSQL",)),
     ):
-        taken, how = cores(*factors)
-        found.append(Figure("CPU at the peak", name, taken, "cores", how))
+        us = _us(load, *factors)
+        found.append(Figure("CPU at the peak", name, load.rate * us / 1e6, "cores", f"{us:.1f} us a voucher"))
     return [
         *found,
         Figure("CPU at the peak", "serving processes", processes(load), "processes",
@@ -142,14 +136,17 @@ def _cpu(load: Load) -> list[Figure]:
 
 def carried(load: Load) -> int:
     """Vouchers a second that one Redis issues on these machines, busy to ``BUSY``."""
-    us = load.noop_us / NOOP_US * FACTORS["voucher, Redis with appendfsync always"]
-    return math.floor(BUSY / (us / 1e6))
+    return math.floor(BUSY / (_us(load, "voucher, Redis with appendfsync always") / 1e6))
 
 
 def processes(load: Load) -> int:
     """Serving processes that the peak needs; two at least, so that one may be restarted."""
-    us = load.noop_us / NOOP_US * FACTORS["voucher, serving process"]
-    return max(2, math.ceil(load.rate * us / 1e6 / BUSY))
+    return max(2, math.ceil(load.rate * _us(load, "voucher, serving process") / 1e6 / BUSY))
+
+
+def _us(load: Load, *names: str) -> float:
+    """Microseconds of CPU that these factors take a voucher on the load's machines."""
+    return load.noop_us / NOOP_US * sum(FACTORS[name] for name in names)
 
 
 def _store(load: Load) -> list[Figure]:
