@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -196,6 +197,39 @@ async def test_sqlite_locked_by_another_process_is_unreachable_in_bounded_time(m
         await connection.execute(insert(schema.pools), POOL)
     await holder.close()
     await waiter.close()
+
+
+@pytest.fixture
+def made_now(tmp_path: Path) -> Iterator[tuple[str, sqlite3.Connection]]:
+    """The URL of a new file that another process is just making, without a write-ahead log so far."""
+    path = tmp_path / "new.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("begin immediate")
+    other.execute("create table theirs (x)")
+    yield f"sqlite+aiosqlite:///{path}", other
+    other.close()
+
+
+async def test_sqlite_file_that_another_makes_just_now_is_waited_for(made_now: tuple[str, sqlite3.Connection]) -> None:
+    url, other = made_now
+    database = Database.connect(url)
+    asyncio.get_running_loop().call_later(0.2, other.execute, "commit")
+    async with database.read() as connection:
+        assert (await connection.execute(text("pragma journal_mode"))).scalar_one() == "wal"
+        assert (await connection.execute(text("select count(*) from theirs"))).scalar_one() == 0
+    await database.close()
+
+
+async def test_sqlite_file_that_another_never_ends_making_is_unreachable_in_bounded_time(
+    made_now: tuple[str, sqlite3.Connection],
+) -> None:
+    database = Database.connect(made_now[0], statement_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(StoreUnreachable, match="SQLITE_BUSY"):
+        async with database.read():
+            pass
+    assert 0.2 <= time.monotonic() - began < 5
+    await database.close()
 
 
 async def test_sqlite_file_in_no_directory_is_unreachable(tmp_path: Path) -> None:
