@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from sqlalchemy import Select, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.schema import audit_log
+
+NOT_YET: Final = "not in force yet"
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -32,7 +34,7 @@ class Change(msgspec.Struct, frozen=True):
             return "refused"
         if self.version is None or (fence is not None and self.version <= fence):
             return "done"
-        return "stored" if fence is None else "not in force yet"
+        return "stored" if fence is None else NOT_YET
 
 
 async def newest_first(

@@ -15,7 +15,9 @@ from service.domain import instant
 from service.errors import RedisUnreachable
 from service.scripts import Scripts
 from service.store import audit_log
+from service.store.audit_log import NOT_YET, Change
 from service.store.database import Database
+from service.worker import patience
 
 log = structlog.get_logger()
 
@@ -36,16 +38,19 @@ class Changes:
     async def run_once(self) -> bool:
         """Up to LINES_MAX changes that were in no log are in this one; whether there may be more.
 
-        Several workers share them.  A worker that dies in between has written lines that another writes again: none is
-        lost.  Raises StoreUnreachable.
+        One that is stored and not in force yet waits until it is, but no longer than its command does.  Several workers
+        share them.  A worker that dies in between has written lines that another writes again: none is lost.  Raises
+        StoreUnreachable.
         """
         async with self._database.read() as conn:
-            if not await audit_log.unwritten(conn, 1):
-                return False  # so nobody takes the write lock of SQLite for nothing
-        fence = await self._fence()
+            some = await audit_log.unwritten(conn, LINES_MAX)
+        fence = await self._fence() if some else None
+        if not any(self._is_due(one, fence) for one in some):
+            return False  # so nobody takes the write lock of SQLite for nothing
         async with self._database.write() as conn:
             some = await audit_log.unwritten(conn, LINES_MAX, locked=True)
-            for one in some:
+            due = [one for one in some if self._is_due(one, fence)]
+            for one in due:
                 log.info(
                     "change",
                     made_at=instant(one.at),
@@ -57,8 +62,12 @@ class Changes:
                     outcome=one.outcome(fence),
                     entry=one.id,
                 )
-            await audit_log.mark_written(conn, [one.id for one in some], self._now())
-        return len(some) == LINES_MAX
+            await audit_log.mark_written(conn, [one.id for one in due], self._now())
+        return len(due) == LINES_MAX
+
+    def _is_due(self, one: Change, fence: int | None) -> bool:
+        """Whether its outcome is known, or its command no longer tries."""
+        return one.outcome(fence) != NOT_YET or abs(self._now() - one.at) > patience.UNREACHED_S
 
     async def _fence(self) -> int | None:
         try:

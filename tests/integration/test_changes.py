@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 import pwd
 from collections import Counter
@@ -20,6 +21,7 @@ from service.store import audit_log, control, schema
 from service.store.audit_log import Change
 from service.store.database import Database
 from service.tokens import new_token
+from service.worker import patience
 from service.worker.changes import LINES_MAX, Changes
 from service.worker.publish import change
 from tests.integration.stage import Stage, staged
@@ -113,13 +115,12 @@ def test_what_came_of_a_change(version: int | None, was_refused: bool, fence: in
 
 
 class _NoRedis:
-    """Scripts that nobody asks, for their Redis is of no account here."""
+    """Scripts that are asked for nothing but how far the fence is."""
+
+    fence = 0
 
     async def generation(self) -> Any:
-        class Seen:
-            fence = 0
-
-        return Seen
+        return self
 
 
 async def noted(database: Database, count: int) -> None:
@@ -157,6 +158,38 @@ async def test_a_worker_that_dies_over_a_line_leaves_it_to_the_next(
         await changes.run_once()
         await changes.run_once()
     assert Counter(one["subject"] for one in lines_of(logged)) == {"0": 2, "1": 2, "2": 2}
+
+
+@pytest.mark.parametrize("step", [1, -1], ids=["a clock", "a clock behind that of the command"])
+async def test_a_change_between_its_commit_and_its_fence_gets_one_line_and_that_says_done(
+    database: Database, step: int
+) -> None:
+    redis = _NoRedis()
+    clock = itertools.count(NOW, step)
+    changes = Changes(database, redis, now=lambda: next(clock))  # type: ignore[arg-type]
+    async with database.write() as conn:
+        await control.log(conn, actor="a", action="b", subject="published", detail="", now=NOW, version=7)
+        await control.log(conn, actor="a", action="b", subject="stock", detail="", now=NOW)
+    with structlog.testing.capture_logs() as logged:
+        await changes.run_once()
+        await changes.run_once()
+        assert [line["subject"] for line in lines_of(logged)] == ["stock"]
+        redis.fence = 7
+        await changes.run_once()
+        await changes.run_once()
+    assert [(line["subject"], line["outcome"]) for line in lines_of(logged)] == [
+        ("stock", "done"), ("published", "done"),
+    ]  # fmt: skip
+
+
+async def test_a_change_whose_command_gave_up_on_the_fence_is_said_to_be_not_in_force(database: Database) -> None:
+    changes = Changes(database, _NoRedis(), now=lambda: NOW + math.ceil(patience.UNREACHED_S) + 1)  # type: ignore[arg-type]
+    async with database.write() as conn:
+        await control.log(conn, actor="a", action="b", subject="c", detail="", now=NOW, version=7)
+    with structlog.testing.capture_logs() as logged:
+        await changes.run_once()
+        await changes.run_once()
+    assert [line["outcome"] for line in lines_of(logged)] == ["not in force yet"]
 
 
 async def test_a_refused_change_leaves_nothing_but_its_row(database: Database, valkey_url: str) -> None:
