@@ -245,6 +245,7 @@ for _, counter in ipairs(counters) do
     local counts = redis.call('HMGET', counter.key, unpack(counter.fields))
     for i, field in ipairs(counter.fields) do
       counter.used[field] = count_of(counts[i], counter.key)
+      counter.lives = counter.lives or counts[i]
     end
   end
 end
@@ -432,7 +433,7 @@ if leaving > 0 then
     end
     if #counts > 0 then
       redis.call('HSET', counter.key, unpack(counts))
-      if counter.expires then
+      if counter.expires and not counter.lives then -- else it got its end with its first count
         redis.call('EXPIREAT', counter.key, counter.expires)
       end
     end
