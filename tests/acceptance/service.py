@@ -41,7 +41,9 @@ class Service:
         self.environment = environment(
             checkout=True, VOUCHERD_REDIS_URL=valkey.url, VOUCHERD_STORE_URL=store_url, VOUCHERD_PORT=str(self.port),
             VOUCHERD_OPS_PORT=str(self.ops_port), VOUCHERD_WORKERS="2", VOUCHERD_PLANNED_RATE="5",
-            VOUCHERD_STORE_OUTAGE_S="10", VOUCHERD_ACCEPT="fsync", **settings,
+            VOUCHERD_STORE_OUTAGE_S="10", VOUCHERD_ACCEPT="fsync",
+            VOUCHERD_LOG_LEVEL="debug",  # no line at any level may hold a secret
+            **settings,
         )  # fmt: skip
         self.log = log
         self.processes: dict[str, subprocess.Popen[bytes]] = {}

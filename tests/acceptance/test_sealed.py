@@ -129,6 +129,7 @@ async def test_the_whole_life_of_a_voucher_needs_no_more_rights_than_are_given(s
             assert (await sealed.voucher(client, "afterwards")).status_code == 200
             until(lambda: not list(admin.scan_iter(f"{{0}}:{before}:*")), "an end of the generation that was left")
     await sealed.audit()
+    await sealed.secret()
     for words in ("status", "audit"):
         done = await asyncio.to_thread(sealed.run, words)
         assert done.returncode == 0, done.stdout + done.stderr
