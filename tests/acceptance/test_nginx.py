@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.servers import free_port
 from service.web.problems import PROBLEMS
 from service.web.v3_errors import error_body
 from tests.acceptance.front import Front
-from tests.servers import free_port
 
 TOO_LARGE = b"x" * (64 * 1_024 + 1)  # client_max_body_size
 UUID_4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -63,3 +66,40 @@ def test_a_client_that_wants_an_access_token_is_answered_in_the_form_of_oauth(
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
     assert answer.headers["cache-control"] == "no-store"
     assert said["error"] == error
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"GARBAGE\r\n\r\n", "malformed_request"),
+        (b"POST /api/v1/voucher/request HTTP/1.1\r\n\r\n", "malformed_request"),
+        (b"POST /api/v1/voucher/request HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+         "malformed_request"),
+        (b"POST /api/v1/voucher/request HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+         "malformed_request"),
+        (b"POST /v3/products/G HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "malformed_request"),
+        (b"POST /oauth2/token HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "malformed_request"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: odd\r\n\r\n", "malformed_request"),
+        (b"POST / HTTP/9.9\r\nhost: x\r\n\r\n", "malformed_request"),
+        (b"TRACE / HTTP/1.1\r\nhost: x\r\n\r\n", "method_not_allowed"),
+        (b"POST /" + b"x" * 40_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", "headers_too_large"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\nx-long: " + b"x" * 40_000 + b"\r\n\r\n", "headers_too_large"),
+    ],
+    ids=[
+        "garbage", "no host", "two lengths", "bad chunk", "bad chunk v3", "bad chunk oauth2", "unknown coding",
+        "unknown version", "trace", "long target", "long header",
+    ],
+)  # fmt: skip
+def test_what_nginx_can_not_read_is_refused_as_serve_would(alone: Front, sent: bytes, code: str) -> None:
+    with socket.create_connection(("127.0.0.1", alone.port), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):  # it answers before all is sent, and closes
+            connection.sendall(sent)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    row = PROBLEMS[code]
+    said = json.loads(body)
+    assert int(head.split(None, 2)[1]) == row.status
+    assert b"content-type: application/problem+json" in head.lower()
+    assert said == {
+        "type": f"urn:voucherd:problem:{code}", "title": row.title, "status": row.status, "detail": row.detail,
+        "error": row.error, "code": code, "retryable": row.retryable,
+    }  # fmt: skip
