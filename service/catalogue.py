@@ -26,8 +26,9 @@ Period = Literal["total", "day", "hour"]
 # because each is looked at in the script while everyone else waits.
 CANDIDATES_MAX: Final = 16
 
-# Routes remembered per catalogue: a distributor sends few combinations of products.  One is about 2 KB.
-ROUTES_MAX: Final = 10_000
+# Routes remembered per catalogue, and candidates that they share: a distributor sends few combinations of products.
+# A route is 0.4 KB, 2 KB if it names as many products as may be; what several share another 0.8: 40 MB at most.
+ROUTES_MAX: Final = 16_384
 
 # Cents that a client may ask an open-value voucher to be worth (api-v3).
 FACE_VALUE_MIN: Final = 100
@@ -276,6 +277,7 @@ class Catalogue:
         self._clients: dict[str, Client] = {}
         self._owners: dict[str, str] = {}
         self._routes: dict[tuple[str, str | tuple[str, ...], object], Route] = {}
+        self._candidates: dict[tuple[str, str, str, tuple[Cap, ...]], Candidate] = {}
         self._plans: dict[tuple[Candidate, ...], Plan] = {}
 
     def _add(self, part: Snapshot) -> None:
@@ -383,8 +385,7 @@ class Catalogue:
             return Route(Plan(()), (), "face_value")
         if campaign.paused:
             return Route(Plan(()), ((code, code, "paused"),))
-        rule = Rule(code, campaign.pool, "", code, campaign.until, id_key, product.terms.pack())
-        return Route(self._plan([self._candidate(campaign, rule, distributor)]), ((code, code, 0),))
+        return Route(self._plan([self._candidate(campaign, code, id_key, distributor)]), ((code, code, 0),))
 
     def _make_route(self, distributor: str, products: tuple[str, ...]) -> Route:
         candidates: list[Candidate] = []
@@ -400,8 +401,7 @@ class Catalogue:
                 # A campaign that serves two of the products would be stopped by the same rule twice.
                 if campaign.id not in index_of:
                     index_of[campaign.id] = len(candidates)
-                    rule = Rule(campaign.id, campaign.pool, campaign.category, product, campaign.until)
-                    candidates.append(self._candidate(campaign, rule, distributor))
+                    candidates.append(self._candidate(campaign, product, "", distributor))
                 looked_at.append((product, campaign.id, index_of[campaign.id]))
         return Route(self._plan(candidates), tuple(looked_at))
 
@@ -415,9 +415,23 @@ class Catalogue:
             plan = self._plans[key] = Plan(key)
         return plan
 
-    def _candidate(self, campaign: Campaign, rule: Rule, distributor: str) -> Candidate:
+    def _candidate(self, campaign: Campaign, product: str, id_key: str, distributor: str) -> Candidate:
+        """The same Candidate for all distributors whose assignments have the same caps."""
+        question = (campaign.id, product, id_key, campaign.assigned[distributor])
+        candidate = self._candidates.get(question)
+        if candidate is None:
+            if len(self._candidates) >= ROUTES_MAX:
+                self._candidates.clear()
+            candidate = self._candidates[question] = self._make_candidate(campaign, *question[1:])
+        return candidate
+
+    def _make_candidate(self, campaign: Campaign, product: str, id_key: str, own: tuple[Cap, ...]) -> Candidate:
+        if sold := self._products.get(campaign.id):
+            rule = Rule(campaign.id, campaign.pool, "", product, campaign.until, id_key, sold.terms.pack())
+        else:
+            rule = Rule(campaign.id, campaign.pool, campaign.category, product, campaign.until)
         limits: dict[tuple[Counter, CapHolder], int] = {}
-        for cap in (*campaign.caps, *campaign.assigned[distributor]):
+        for cap in (*campaign.caps, *own):
             counted = (Counter(campaign.id, cap.period, campaign.time_zone), cap.holder)
             limits[counted] = min(cap.limit, limits.get(counted, cap.limit))
         return Candidate(
@@ -445,6 +459,7 @@ def _bounds_from(kind: Period, time_zone: str, start: int) -> tuple[int, int]:
     return middle, _next_start(kind, time_zone, middle)
 
 
+@lru_cache(maxsize=1_024)  # a batch asks for the same few again and again
 def period_bounds(kind: Period, time_zone: str, now: int) -> tuple[int, int, int]:
     """Start of the period that holds ``now``, its end, and the end of the next one; Unix seconds.
 

@@ -87,8 +87,10 @@ class CountedCap(msgspec.Struct, frozen=True):
     limit: int
 
 
-class Candidate(msgspec.Struct, frozen=True):
-    """One campaign that may issue: from which pool, when, under which caps.  ``rule`` goes into the record."""
+class Candidate(msgspec.Struct, frozen=True, eq=False):
+    """One campaign that may issue: from which pool, when, under which caps.  ``rule`` goes into the record.
+
+    Compared by identity: one catalogue makes each once."""
 
     pool: str
     least_life_s: int

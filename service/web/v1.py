@@ -213,7 +213,7 @@ def _layout_2(record: str, key: str) -> tuple[bytes, str]:
     ).encode(), name
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=16_384)  # 0.7 KB each; one a campaign and product
 def _campaign(rule: str) -> tuple[str, int, str]:
     """The members of the answer that the rule gives, as JSON, when the campaign ends (0: open), and its name."""
     of = Rule.unpack(rule)
