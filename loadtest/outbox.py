@@ -29,11 +29,10 @@ from loadtest.client import run
 from loadtest.contenders import CAMPAIGN, PRODUCT, codes_file
 from loadtest.figures import keep, verdict
 from loadtest.processes import STOP_S_MAX, cpu_us, module, running
-from loadtest.servers import postgresql, redis_like
+from loadtest.servers import PostgresServer, RedisServer, free_port, postgresql, redis_like
 from loadtest.vouchers import VoucherRequests
 from service.cli.demo import DISTRIBUTOR
 from service.keys import totals
-from tests.servers import PostgresServer, RedisServer, free_port
 
 SHARE = 0.7  # of the saturated rate
 CONNECTIONS, CONNECTIONS_OPEN = 64, 256

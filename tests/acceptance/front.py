@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from loadtest.servers import free_port
 from tests.acceptance.test_up import ROOT, until
-from tests.servers import free_port
 
 FILE = ROOT / "deploy" / "nginx" / "voucherd.conf"
 MAIN = """

@@ -15,6 +15,7 @@ import redis
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from loadtest.servers import RedisServer, free_port
 from service import tokens
 from service.line import connect
 from service.scripts import Scripts
@@ -25,7 +26,6 @@ from service.worker.publish import change
 from service.worker.stocking import import_codes
 from tests.acceptance.test_up import environment, until, voucherd
 from tests.secrecy import leaks
-from tests.servers import RedisServer, free_port
 
 DEADLINE_S = 60.0
 

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from deploy.grafana import dashboard
+from loadtest.servers import free_port
 from service import metrics
 from tests.acceptance.service import Service
 from tests.acceptance.test_loadtest import loadtest
 from tests.acceptance.test_up import until
-from tests.servers import free_port
 
 PROMETHEUS = Path(__file__).parents[2] / "deploy" / "prometheus"
 SPAN = "[20s]"  # what Grafana would put in for a scrape every second, and a little more for a busy machine

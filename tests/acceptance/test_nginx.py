@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import free_port
+from loadtest.servers import free_port
 from service.web.problems import PROBLEMS
 from service.web.v3_errors import error_body
 from tests.acceptance.front import Front

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
+from loadtest.servers import PostgresServer
 from tests.acceptance.service import Service
 from tests.acceptance.test_up import until
-from tests.servers import PostgresServer
 
 ISSUED_SINCE = 1_000
 

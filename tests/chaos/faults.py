@@ -21,11 +21,11 @@ from typing import Any, Final, Literal
 import msgspec
 import redis
 
+from loadtest.servers import free_port
 from service.store.flush import STORE_OLDER
 from service.worker.flush import CLAIM_AFTER_MS
 from tests.chaos import power
 from tests.chaos.stage import OUTAGE_S, Paused, Program, Stage, Store, Stuck, until
-from tests.servers import free_port
 
 Happening = Callable[[Stage, random.Random], Any]
 

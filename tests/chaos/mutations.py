@@ -41,7 +41,7 @@ MUTATIONS: Final = (
     Mutation(
         "everysec for always",
         5,
-        "tests/servers.py",
+        "loadtest/servers.py",
         '"appendfsync": "always"',
         '"appendfsync": "everysec"',
         f"{ROWS}test_row_05_no_power_cut_loses_what_was_told_and_one_that_does_is_seen[always]",

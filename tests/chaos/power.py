@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from tests.servers import STOP_S, RedisServer, wait_until
+from loadtest.servers import STOP_S, RedisServer, wait_until
 
 FILES: Final = "appendonlydir/*.incr.aof"
 CALLS: Final = "system-calls"

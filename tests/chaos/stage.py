@@ -23,10 +23,10 @@ import psutil
 import redis
 from sqlalchemy.engine import make_url
 
+from loadtest.servers import PostgresServer, RedisServer, free_port
 from tests.acceptance.test_up import environment, voucherd
 from tests.chaos.client import Order, Plan, Progress, Source
 from tests.relay import Relay
-from tests.servers import PostgresServer, RedisServer, free_port
 
 Store = Literal["postgresql", "sqlite"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from loadtest.servers import PostgresServer
 from service.store.database import Database
 from service.store.migration import migrate
 from tests.integration.stage import Stage, staged
 from tests.integration.typed import OnStage
-from tests.servers import PostgresServer
 
 TEMPLATE = "migrated"
 _numbers = itertools.count(1)
@@ -112,7 +112,7 @@ def store(store_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> O
         monkeypatch.delenv(name)
     monkeypatch.setenv("VOUCHERD_STORE_URL", store_url)
     monkeypatch.setenv("VOUCHERD_REDIS_URL", valkey_url)
-    monkeypatch.setenv("VOUCHERD_ACCEPT", "fsync")  # of tests/servers.py: they kill servers, they don't cut the power
+    monkeypatch.setenv("VOUCHERD_ACCEPT", "fsync")  # loadtest/servers.py: they are killed, no power is cut
 
     async def on_stage(step: Callable[[Stage], Any]) -> Any:
         database = Database.connect(store_url)

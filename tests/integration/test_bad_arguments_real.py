@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.servers import RedisServer
 from service.line import connect
 from tests.scripting import Bench, own_server
 from tests.scripting_arguments import BadArguments, Ground, prepare
-from tests.servers import RedisServer
 
 
 class TestBadArgumentsOnRealServers(BadArguments):

@@ -16,6 +16,7 @@ import orjson
 import pytest
 from sqlalchemy import select
 
+from loadtest.servers import RedisServer, free_port
 from service import keys
 from service.catalogue import Cap
 from service.cli.lock import only_one
@@ -26,7 +27,6 @@ from service.worker import balance, patience
 from tests.integration.conftest import sqlite_url
 from tests.integration.stage import Stage
 from tests.integration.typed import OnStage, fence, ok, refused, run, snapshot, stocked, three_issued
-from tests.servers import RedisServer, free_port
 
 
 def test_from_nothing_to_an_audited_voucher(store: OnStage, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from tests.servers import free_port, wait_until
+from loadtest.servers import free_port, wait_until
 
 pytestmark = pytest.mark.leaves_keys  # the compared services keep counters and an outbox of their own
 

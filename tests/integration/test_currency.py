@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import delete, update
 
+from loadtest.servers import free_port
 from service import keys
 from service.errors import StoreIsOlder
 from service.line import connect
@@ -19,7 +20,6 @@ from service.worker import patience, publish
 from service.worker.publish import change, republish_once
 from service.worker.stocking import import_codes
 from tests.integration.stage import Stage, staged
-from tests.servers import free_port
 
 
 @pytest.fixture

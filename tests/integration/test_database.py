@@ -17,11 +17,11 @@ from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from loadtest.servers import PostgresServer
 from service.errors import Misconfigured, StoreUnreachable
 from service.store import schema
 from service.store.database import CLIENT_MARGIN_S, CONNECT_S, Database, check_migrated, insert_records
 from service.store.migration import migrate
-from tests.servers import PostgresServer
 
 POOL = {"id": "P", "least_life_s": 0, "stock_version": 0, "created_at": 1}
 SOON_S = 1.0  # statement time-out of the tests that make a server hang

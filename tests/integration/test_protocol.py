@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from loadtest.servers import wait_until
 from service.settings import Settings
 from service.web.app import App
 from service.web.incoming import BODY_MAX
@@ -28,7 +29,6 @@ from service.web.protocol import (
 from service.web.serving import Server, configured
 from service.web.v1 import PATH
 from tests.issuers import DISTRIBUTOR, TOKEN, FakeIssuer
-from tests.servers import wait_until
 from tests.wire import PATIENCE_S, Answer, Client
 
 RECEIVE_TIMEOUT_S = 0.4

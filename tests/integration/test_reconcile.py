@@ -17,6 +17,7 @@ import orjson
 import pytest
 from sqlalchemy import select
 
+from loadtest.servers import wait_until
 from service import keys
 from service.cli import reconcile as cli
 from service.domain import Record
@@ -28,7 +29,6 @@ from tests.acceptance.test_up import ROOT
 from tests.chaos.stage import POINTS
 from tests.integration.stage import IDS, Stage
 from tests.integration.typed import OnStage, ok, refused, run, stocked
-from tests.servers import wait_until
 
 CODES = 100
 

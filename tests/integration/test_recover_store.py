@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from loadtest.servers import PostgresServer
 from service import tokens
 from service.catalogue import Cap
 from service.domain import RateLimit, Request
@@ -27,7 +28,6 @@ from service.worker.repair import Repair
 from service.worker.stocking import import_codes
 from tests.integration.stage import DISTRIBUTOR, IDS, Stage, staged
 from tests.scripting import record_of
-from tests.servers import PostgresServer
 
 LOST = [f"lost-{n}" for n in range(30)]
 

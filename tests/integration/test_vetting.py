@@ -16,6 +16,7 @@ import pytest
 import redis
 import structlog
 
+from loadtest.servers import PostgresServer, RedisServer, free_port
 from service import metrics
 from service.errors import Misconfigured
 from service.line import connect
@@ -26,7 +27,6 @@ from service.vetting import COMMANDS, Look, Vetting, look, until_vetted
 from service.web.serve import Announce, Vetted, serve
 from service.worker.runner import work
 from tests.integration.conftest import sqlite_url
-from tests.servers import PostgresServer, RedisServer, free_port
 from tests.unit.test_lua_contract import READS, WRITES
 
 
