@@ -32,7 +32,8 @@ def fence(partition: int) -> str:
 
 
 def generation(partition: int) -> str:
-    """Hash: ``open`` generation, the ``replid`` and ``run_id`` accepted for it, ``restoring``.  Never expires."""
+    """Hash: ``open`` generation, the ``replid`` and ``run_id`` accepted for it, ``restoring``, ``synced``.  Never
+    expires."""
     return f"{tag(partition)}:generation"
 
 

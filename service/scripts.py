@@ -176,18 +176,24 @@ class Count(msgspec.Struct, frozen=True):
     expires_at: int
 
 
+NO_SECOND_REPLID: Final = "0" * 40
+
+
 class Generation(msgspec.Struct, frozen=True):
-    """``{p}:generation`` and the server it is on, read together.  ``open`` is 0 if nothing is open."""
+    """``{p}:generation`` and the server it is on, read together.  ``open`` is 0 if nothing is open; ``synced`` is the
+    ``run_id`` of a server that was seen to sync before it answers (``service.worker.restart``), '' if none was."""
 
     open: int
     replid: str
     run_id: str
     restoring: bool
+    synced: str
     fence: int  # -1: none
     server_replid: str
     server_replid2: str
     server_run_id: str
     server_role: str
+    server_replicas: int
 
     @property
     def agrees(self) -> bool:
@@ -518,11 +524,11 @@ class Scripts:
         """The open generation and the server it is on, read in one transaction."""
         try:
             async with self.redis.pipeline(transaction=True) as pipe:
-                pipe.hmget(self._generation, ["open", "replid", "run_id", "restoring"])
+                pipe.hmget(self._generation, ["open", "replid", "run_id", "restoring", "synced"])
                 pipe.get(self._fence)
                 pipe.info("replication")
                 pipe.info("server")
-                (opened, replid, run_id, restoring), fence, replication, server = await pipe.execute()
+                (opened, replid, run_id, restoring, synced), fence, replication, server = await pipe.execute()
         except RedisError as error:
             raise _fault(error) from error
         return Generation(
@@ -530,11 +536,13 @@ class Scripts:
             replid=replid or "",
             run_id=run_id or "",
             restoring=restoring is not None,
+            synced=synced or "",
             fence=-1 if fence is None else int(fence),
             server_replid=_identifier(replication["master_replid"]),
             server_replid2=_identifier(replication["master_replid2"]),
             server_run_id=_identifier(server["run_id"]),
             server_role=str(replication["role"]),
+            server_replicas=int(replication["connected_slaves"]),
         )
 
     async def _call(self, name: str, script_keys: Sequence[str], arguments: Sequence[str | int]) -> Any:

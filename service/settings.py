@@ -104,6 +104,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """longest time a client may take to send one whole request"""
     drain_s: Annotated[int, msgspec.Meta(ge=1, le=300)] = 10
     """longest wait for requests in flight when stopping"""
+    restart_in_place: bool = False
+    """`true`: a restarted Redis goes on; promises no replicas, and never to run on a copy (docs/reliability.md)"""
     production: bool = False
     """`true`: do not start on dangerous settings of Redis or the store (docs/operations.md)"""
     accept: str = ""
@@ -161,6 +163,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise _wrong(
                 "accept", self.accept,
                 f"no check is called {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}", "version,replicas",
+            )  # fmt: skip
+        if self.restart_in_place and (weaker := self.accepted & {"appendonly", "appendfsync", "replicas"}):
+            raise _wrong(
+                "restart_in_place", "true",
+                f"can't be promised where {PREFIX}ACCEPT names {', '.join(sorted(weaker))}", False,
             )  # fmt: skip
         if self.replay_retention_s < 2 * self.store_outage_s:
             raise _wrong(

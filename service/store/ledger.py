@@ -18,12 +18,12 @@ from service.identity import is_uuid
 from service.store.database import chunks
 from service.store.entries import Entry, Way, unfit, way_of
 from service.store.flush import ADOPTED, DOUBLE_ISSUE, QUARANTINE, Flushed, flush, lacking, park, raise_incident
-from service.store.schema import WAY, codes, incidents, issuances, lots, requests
+from service.store.schema import WAY, codes, incidents, issuances, lots, requests, set_asides
 from service.store.stock import digest
 
 __all__ = [
     "QUARANTINE", "Count", "Entry", "Flushed", "Found", "Wanted", "counts", "earliest_first", "find", "flush",
-    "issued_by_pool", "lacking", "lookup",
+    "issued_by_pool", "lacking", "last_seq", "lookup",
     "newest_first", "park", "raise_incident", "unfit",
 ]  # fmt: skip
 
@@ -154,6 +154,15 @@ async def newest_first(
         if page or last is None:
             return page
         before = last
+
+
+async def last_seq(conn: AsyncConnection, partition: int, generation: int) -> int:
+    """The highest outbox sequence of this generation that was flushed, 0 if none was."""
+    last = 0
+    for table in (requests, set_asides):
+        of_it = (table.c.partition == partition) & (table.c.generation == generation)
+        last = max(last, int(await conn.scalar(select(func.max(table.c.outbox_seq)).where(of_it)) or 0))
+    return last
 
 
 async def issued_by_pool(conn: AsyncConnection, since: int) -> dict[str, int]:

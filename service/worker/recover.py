@@ -2,11 +2,11 @@
 
 ``serve`` stops by itself: scripts answer LOST as soon as generation or identity do not agree.  Here it is decided why.
 
-*Same data* is accepted only from a server that never stopped (its run_id is the accepted one, it is a master and has
-never followed another): a first replica or a backup changes the replication id without any loss.  Every other change,
-a plain restart included, rolls: a restored old copy whose missing part had not been flushed can't be told from a
-restart, and guessing wrong would issue codes twice.  What a roll costs is the codes in the old windows; they are in
-quarantine, counted and named.
+*Same data* is accepted from a server that never stopped (its run_id is the accepted one, it is a master and has
+never followed another): a first replica or a backup changes the replication id without any loss.  From one that was
+restarted only if that is promised (``restart.py``).  Every other change rolls: a restored old copy whose missing part
+had not been flushed can't be told from a restart, and guessing wrong would issue codes twice.  What a roll costs is the
+codes in the old windows; they are in quarantine, counted and named.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from service import keys, metrics
 from service.catalogue import Snapshot, cap_field, counted_by
 from service.domain import Record
 from service.errors import RedisUnreachable
-from service.scripts import Count, Generation, Scripts, counter_key
+from service.scripts import NO_SECOND_REPLID, Count, Generation, Scripts, counter_key
 from service.store import books, control, generations, inspection, ledger, recreation
 from service.store.books import Quarantined
 from service.store.database import Database
+from service.worker import restart
 from service.worker.currency import refuse_older
 from service.worker.flush import Flush
 from service.worker.publish import announce
@@ -45,8 +46,6 @@ PAGES_MAX: Final = 20
 
 # Keys looked at in one SCAN, and unlinked at once.
 UNLINK_MAX: Final = 500
-
-NO_SECOND_REPLID: Final = "0" * 40
 
 
 class Recovered(msgspec.Struct, frozen=True):
@@ -68,13 +67,16 @@ class Recover:
         *,
         outbox_max: int,
         retention_s: int,
+        restart_in_place: bool = False,
         now: Callable[[], int] = lambda: int(time.time()),
     ) -> None:
+        """``restart_in_place``: Redis is never started on a copy of its data, and has no replicas."""
         self._database = database
         self._scripts = scripts
         self._flush = flush
         self._outbox_max = outbox_max
         self._retention_s = retention_s
+        self._restart_in_place = restart_in_place
         self._now = now
         self._partition = scripts.partition
         self._restoring = 0  # generation whose records are being restored, and how far that has come
@@ -101,6 +103,8 @@ class Recover:
             status = await self._scripts.open(seen, seen.open, version=version, restoring=seen.restoring)
             log.warning("same server under a new replication id", partition=self._partition, status=status)
             return Recovered(opened=seen.open if status == "OK" else 0)
+        if self._restart_in_place and await self._went_on(seen):
+            return Recovered(opened=seen.open)
         return await self._roll(seen)
 
     async def clean_once(self) -> int:
@@ -135,6 +139,21 @@ class Recover:
             and seen.server_role == "master"
             and seen.server_replid2 == NO_SECOND_REPLID
         )
+
+    async def _went_on(self, seen: Generation) -> bool:
+        """Whether the server that was restarted has what it had, and issuing goes on from it."""
+        _, books = await refuse_older(self._database, self._scripts)
+        async with self._database.write() as conn:
+            await generations.lock(conn, self._partition, exclusive=True)
+            reason = await restart.why_not(conn, self._scripts, seen, books)
+            if not reason:
+                opened = await self._scripts.open(seen, seen.open, version=seen.fence, restoring=seen.restoring)
+                reason = "" if opened == "OK" else "it has changed meanwhile"
+        if reason:
+            log.warning("not taken for a restart in place", partition=self._partition, reason=reason)
+            return False
+        log.warning("restarted in place", partition=self._partition, generation=seen.open)
+        return True
 
     async def _is_open(self, seen: Generation) -> bool:
         """False if the store has closed what Redis has open: a server from before a failover is back.

@@ -27,6 +27,7 @@ from service.worker.generating import Fill
 from service.worker.publish import republish_once
 from service.worker.recover import Recover
 from service.worker.refill import Refill
+from service.worker.restart import note_synced
 from service.worker.watch import Watch
 
 log = structlog.get_logger()
@@ -35,6 +36,7 @@ log = structlog.get_logger()
 # demand) and pauses only so that demand that can't be met does not make it spin.  Flush waits inside its step for an
 # entry and pauses so that one transaction holds many: a step costs some ten milliseconds whatever it flushes.
 RECOVER_S: Final = 0.1
+SYNCED_S: Final = 1.0
 PUBLISH_S: Final = 1.0
 CHANGES_S: Final = 1.0
 FLUSH_S: Final = 0.2
@@ -85,8 +87,9 @@ async def _work(settings: Settings, stop: asyncio.Event, make_flush: Callable[..
             retention_s=settings.replay_retention_s, ids=NO_KEYS if secrets is None else secrets.ids,
         )  # fmt: skip
         recover = Recover(
-            patient, scripts, flush, outbox_max=settings.outbox_max, retention_s=settings.replay_retention_s
-        )
+            patient, scripts, flush, outbox_max=settings.outbox_max, retention_s=settings.replay_retention_s,
+            restart_in_place=settings.restart_in_place,
+        )  # fmt: skip
         fill = Fill(database, scripts)
         refill = Refill(
             database, scripts, low_water=settings.low_water, store_outage_s=settings.store_outage_s, fill=fill
@@ -125,6 +128,8 @@ async def _work(settings: Settings, stop: asyncio.Event, make_flush: Callable[..
             "watch": _loop("watch", watch.run_once, WATCH_S, stop),
             "vet": _loop("vet", vet_step, VET_S, stop, first=False),
         }
+        if settings.restart_in_place:
+            loops["synced"] = _loop("synced", lambda: note_synced(scripts), SYNCED_S, stop)
         tasks = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
         log.info("working")
         await stop.wait()

@@ -529,6 +529,18 @@ class Stage:
             )
         return False
 
+    def generation(self) -> int:
+        """The generation that is open."""
+        with self.admin() as admin:
+            return int(admin.hget("{0}:generation", "open"))
+
+    def is_synced(self) -> bool:
+        """A worker has seen that the server on which the generation was opened syncs before it answers."""
+        with self.admin() as admin, contextlib.suppress(redis.RedisError):
+            opened = admin.hgetall("{0}:generation")
+            return self.is_open() and opened.get("synced") == opened.get("run_id")
+        return False
+
     def is_open(self) -> bool:
         with self.admin() as admin, contextlib.suppress(redis.RedisError):
             opened = admin.hgetall("{0}:generation")

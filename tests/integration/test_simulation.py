@@ -27,7 +27,7 @@ SCHEDULES_MAX = 1_000
 HAPPENED = (
     "Issued", "KeyReused", "Unavailable exhausted", "Unavailable cap_reached", "Busy refilling", "destroyed",
     "older_copy", "empty", "promoted", "demoted", "rename", "store_older", "store older noticed", "sleeper", "jump",
-    "taken back", "adopted", "returned unseen",
+    "taken back", "adopted", "returned unseen", "went on",
 )  # fmt: skip
 # Of these, at least one must break a promise if a check is taken out of a script; one in three to one in thirty does.
 MUTATED_SCHEDULES_MAX = 400

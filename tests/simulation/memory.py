@@ -528,7 +528,10 @@ class Server:
 
     def info(self, section: str) -> Answer:
         if section.lower() == "replication":
-            lines = {"role": self.role, "master_replid": self.replid, "master_replid2": self.replid2}
+            lines = {
+                "role": self.role, "connected_slaves": "0",
+                "master_replid": self.replid, "master_replid2": self.replid2,
+            }  # fmt: skip
         else:
             lines = {"valkey_version": "9.1.2", "redis_version": "7.2.4", "run_id": self.run_id}
         return f"# {section}\r\n" + "".join(f"{name}:{value}\r\n" for name, value in lines.items())

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import itertools
 import os
+import random
 import tempfile
 import traceback
 from collections import Counter
@@ -44,6 +45,7 @@ from service.worker.partner_file import Line
 from service.worker.publish import change, republish_once
 from service.worker.recover import Recover
 from service.worker.refill import Refill
+from service.worker.restart import note_synced
 from service.worker.unseen import Back
 from service.worker.watch import Watch
 from tests.simulation.check import Happened, Limit, Truth, codes_in_outboxes, open_generation
@@ -84,6 +86,8 @@ FAMILIES: Final[tuple[Family, ...]] = (
     "calm", "crashes", "network", "redis", "redis", "redis", "split", "store", "older", "mixed", "mixed", "mixed",
 )  # fmt: skip
 
+NEVER_A_COPY: Final[tuple[Family, ...]] = ("calm", "crashes", "network", "store", "older")
+
 PRODUCTS: Final = ("PAY", "MOB")
 TERMINALS: Final = ("T1", "T2", "T3")
 ZONES: Final = ("UTC", "Europe/Berlin", "Asia/Kolkata")
@@ -119,6 +123,8 @@ class World:
         rng = self.rng
         chosen = rng.choice(FAMILIES)
         self.family: Family = chosen if family is None else family
+        # Half of those whose Redis never comes back older promise that, and are restarted often.
+        self.in_place = self.family in NEVER_A_COPY and random.Random(seed).random() < 0.5
         self.retention_s = 86_400
         self.outbox_max = rng.choice((8, 30, 200))
         self.low_water = rng.choice((2, 4, 8))
@@ -138,6 +144,7 @@ class World:
         self.numbers = itertools.count(1)
         self.snapshots: list[Data] = []
         self.store_snapshots: list[bytes] = []
+        self.opened_on: set[str] = set()  # run ids under which a worker opened a generation
         self.is_older = False
         self.repairing: asyncio.Task[None] | None = None
         self.recovery = rng.choice((1, 4))  # how much slower than usual
@@ -412,12 +419,20 @@ class World:
                 if not self.is_older:
                     self.truth.broken("watch", f"the store is called older and is not: {older}")
 
+        async def recover_step() -> None:
+            done = await recover.run_once()
+            if done.opened:
+                self.counts["went on"] += not done.rolled and self.server.run_id not in self.opened_on
+                self.opened_on.add(self.server.run_id)
+
         for step, least, most in (
-            (recover.run_once, 0.1 * self.recovery, 0.8 * self.recovery), (flush.run_once, 0.05, 0.8),
+            (recover_step, 0.1 * self.recovery, 0.8 * self.recovery), (flush.run_once, 0.05, 0.8),
             (lambda: refill.step(wait_s=0), 0.1, 0.8), (lambda: republish_once(database, scripts), 0.2, 1.5),
             (recover.clean_once, 0.5, 2.5), (watch_step, 0.5, WATCH_S_MAX),
         ):  # fmt: skip
             self.scheduler.spawn(process, self._loop(step, least, most))
+        if self.in_place:
+            self.scheduler.spawn(process, self._loop(lambda: note_synced(scripts), 0.1, 0.5))
 
     def _flush(self, process: Process, database: Database, scripts: Scripts) -> Flush:
         return Flush(database, scripts, consumer=process.name, retention_s=self.retention_s, now=self.unix)
@@ -430,8 +445,9 @@ class World:
 
     def _recover(self, database: Database, scripts: Scripts, flush: Flush) -> Recover:
         return Recover(
-            database, scripts, flush, outbox_max=self.outbox_max, retention_s=self.retention_s, now=self.unix
-        )
+            database, scripts, flush, outbox_max=self.outbox_max, retention_s=self.retention_s,
+            restart_in_place=self.in_place, now=self.unix,
+        )  # fmt: skip
 
     async def _loop(self, step: Callable[[], Awaitable[object]], least: float, most: float) -> None:
         while True:
@@ -745,6 +761,8 @@ class World:
             acts += [self._old_primary, self._old_primary]
         if family in ("store", "mixed"):
             acts += [self._store_away]
+        if self.in_place:
+            acts += [self._restart] * 3
         if family == "older":
             acts += [self._store_older, self._store_older, self._store_away]
         while self.loop.time() < end:
