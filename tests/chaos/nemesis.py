@@ -7,14 +7,18 @@ import random
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 import msgspec
 import redis
 
 from tests.chaos.checker import Allowances, Loss
-from tests.chaos.faults import FAULTS, Fault, a_malformed_entry
+from tests.chaos.faults import FAULTS, Fault, a_malformed_entry, the_store_came_back_older
 from tests.chaos.stage import Stage, Stuck
+
+# Longest from the moment when every process runs again until what is in the outbox has been looked at.
+PARKED_S: Final = 10.0
 
 PAUSE_S: Final = (0.5, 4.0)  # between the end of one fault and the next one of the same lane
 
@@ -95,15 +99,28 @@ def inject(stage: Stage, fault: Fault, rng: random.Random, **how: Any) -> Happen
     return Happened(fault.name, fault.row, began, until, time.time(), since, missed)
 
 
-def allowances(stage: Stage, happened: list[Happened]) -> Allowances:
+def allowances(stage: Stage, happened: Sequence[Happened]) -> Allowances:
     """What the checker has to know of these faults and of what operators did."""
-    malformed = {one.name for one in FAULTS if one.happen is a_malformed_entry}
+    losses = [Loss(one.lost_since, one.until) for one in happened if one.lost_since]
+    malformed = [one for one in _those(happened, a_malformed_entry) if not one.missed]
+    # What was parked after the copy of the store was made goes with it, and no replay record tells of it.
+    of_parked = [*losses, *(Loss(one.began, one.until) for one in _those(happened, the_store_came_back_older))]
     names = {one.name for one in happened}
     return Allowances(
-        losses=[Loss(one.lost_since, one.until) for one in happened if one.lost_since],
+        losses=losses,
         revoking=stage.revoking,
         revoked=stage.revoked,
         paused=stage.paused,
         incidents={kind for one in FAULTS if one.name in names for kind in one.incidents},
-        parked=sum(one.name in malformed and not one.missed for one in happened),
+        parked=len(malformed),
+        perhaps=sum(
+            any(one.began <= loss.until and loss.since <= one.healed + PARKED_S for loss in of_parked)
+            for one in malformed
+        ),
     )
+
+
+def _those(happened: Sequence[Happened], what: Callable[..., object]) -> list[Happened]:
+    """Those of ``happened`` that were ``what``."""
+    names = {one.name for one in FAULTS if one.happen is what}
+    return [one for one in happened if one.name in names]

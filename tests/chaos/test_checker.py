@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +15,7 @@ from tests.chaos.answers import Answers
 from tests.chaos.checker import Allowances, Loss, Verdict, check
 from tests.chaos.client import UNTOLD
 from tests.chaos.evidence import Evidence, Issued
+from tests.chaos.nemesis import Happened, allowances
 from tests.chaos.stage import Campaign, Paused, World
 
 WORLD = World(
@@ -263,3 +266,27 @@ def test_what_was_provoked_is_no_violation(scene: Scene) -> None:
     allowed = msgspec.structs.replace(ALLOWED, incidents=("double_issue",), parked=2, forged=1)
     assert not scene.verdict(allowed).broken
     assert scene.verdict(msgspec.structs.replace(allowed, parked=3)).broken
+    assert not scene.verdict(msgspec.structs.replace(allowed, parked=3, perhaps=1)).broken
+    assert scene.verdict(msgspec.structs.replace(allowed, parked=4, perhaps=1)).broken
+    assert scene.verdict(msgspec.structs.replace(allowed, parked=1, perhaps=1)).broken, "more than were forged"
+
+
+@pytest.mark.parametrize(
+    ("other", "began", "until", "perhaps"),
+    [
+        ("the store came back older", 101.0, 105.0, 1), ("the store came back older", 90.0, 99.0, 0),
+        ("the store came back older", 150.0, 155.0, 0), ("Redis is empty", 101.0, 105.0, 1),
+        ("Redis is restarted", 101.0, 105.0, 0),
+    ],
+)  # fmt: skip
+def test_a_parked_entry_may_be_lost_with_the_server_that_it_was_on_and_with_no_other(
+    other: str, began: float, until: float, perhaps: int
+) -> None:
+    stage: Any = SimpleNamespace(revoking=(), revoked={}, paused=())
+    since = began if other == "Redis is empty" else 0.0
+    happened = [
+        Happened("a malformed entry is in the outbox", 16, 100.0, 100.1, 100.2),
+        Happened(other, 20, began, until, until, since),
+    ]
+    allowed = allowances(stage, happened)
+    assert (allowed.parked, allowed.perhaps) == (1, perhaps)
