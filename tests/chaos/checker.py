@@ -28,9 +28,9 @@ class Loss(msgspec.Struct, frozen=True):
 
 class Allowances(msgspec.Struct, frozen=True):
     """What was done on purpose: tokens that may be refused (``revoking``), and those that must be since when
-    (``revoked``); campaigns that were ``paused``; ``incidents`` and ``parked`` entries that were provoked, ``perhaps`` of
-    which were lost again, by a fault that no copy of the outbox survived or with the store; ``forged``: codes that an
-    outbox entry had given once more, by which the audit's books are off."""
+    (``revoked``); campaigns that were ``paused``; ``incidents`` and ``parked`` entries that were provoked, of which
+    ``perhaps`` so many were lost again, with an outbox or with the store; ``forged``: codes that an outbox entry had
+    given once more, by which the audit's books are off."""
 
     losses: Sequence[Loss] = ()
     revoking: Collection[str] = ()
@@ -79,7 +79,7 @@ def check(answers: Answers, evidence: Evidence, world: World, allowed: Allowance
             violations["P1" if kind == "double_issue" else "P2"].append(f"incident {kind} of {subject}")
     if not allowed.parked - allowed.perhaps <= evidence.parked <= allowed.parked:
         violations["P2"].append(
-            f"{evidence.parked} entries are parked, {allowed.parked} were malformed, {allowed.perhaps} of them perhaps lost"
+            f"{evidence.parked} entries are parked, {allowed.parked} were malformed, perhaps {allowed.perhaps} lost"
         )
     if evidence.outbox:
         violations["P2"].append(f"{evidence.outbox} entries are still in an outbox")
