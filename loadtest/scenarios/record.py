@@ -12,6 +12,8 @@ from typing import Final
 
 import msgspec
 
+from service.web.v3_errors import error_body
+
 DIGEST_BYTES: Final = 12
 
 # Kinds of attempts that the service itself does not name.
@@ -19,6 +21,8 @@ ISSUED: Final = "issued"
 REPLAYED: Final = "replayed"
 TIMED_OUT: Final = "timed out"  # the user stopped waiting; the service may have issued
 CUT: Final = "cut"  # no connection, or one that ended before the answer
+NO_ACCESS: Final = "no access token"  # for Client API v3; the sale itself was not asked for
+EXHAUSTED: Final = frozenset({"exhausted", error_body("exhausted")["code"]})  # as each of the APIs says it
 KINDS_OF_VOUCHERS: Final = frozenset({ISSUED, REPLAYED})
 
 

@@ -24,7 +24,7 @@ from locust.env import Environment
 
 from loadtest.scenarios import plan as plans
 from loadtest.scenarios.plan import FILE_VARIABLE, Plan, Seller
-from loadtest.scenarios.record import CUT, ISSUED, REPLAYED, TIMED_OUT, Attempt, digest, encode
+from loadtest.scenarios.record import CUT, ISSUED, NO_ACCESS, REPLAYED, TIMED_OUT, Attempt, digest, encode
 from loadtest.scenarios.scenario import SCENARIOS, Part
 
 ANSWER_S: Final = 10.0  # several times the service's own deadline; then the answer is given up
@@ -156,7 +156,14 @@ class Terminal(FastHttpUser):
         if self.part.api == "v1":
             headers["Authorization"] = f"Bearer {seller.token}"
         else:
-            headers |= {"Authorization": f"Bearer {_access(seller)}", "Idempotency-Key": sale.key}
+            began, since = time.time(), time.perf_counter()
+            try:
+                headers |= {"Authorization": f"Bearer {_access(seller)}", "Idempotency-Key": sale.key}
+            except OSError:
+                return Attempt(
+                    self.part.name, self.part.seller, sale.key, sale.wanted, number, sale_began, began,
+                    time.perf_counter() - since, 0, NO_ACCESS, seller.token_name, "", (), False,
+                )  # fmt: skip
         began, since = time.time(), time.perf_counter()
         session = self._hasty if hasty else self._patient
         with session.request(
@@ -213,7 +220,7 @@ _asking: Final = BoundedSemaphore()
 
 
 def _access(seller: Seller) -> str:
-    """Raises OSError if the service gives none: the user then tries again, as locust does with any exception."""
+    """Raises OSError if the service gives none now."""
     with _asking:
         token, until = _tokens.get(seller.client_id, ("", 0.0))
         if time.time() < until:

@@ -13,6 +13,7 @@ from loadtest.scenarios.outcome import Facts, Issued, Outcome, violations
 from loadtest.scenarios.record import Attempt, Reader, encode
 from loadtest.scenarios.report import Judged, Report, page
 from loadtest.scenarios.scenario import SCENARIOS, Bound
+from service.web.v3_errors import error_body
 from tests.unit.test_documents import ROOT, rows
 
 BEGAN = 1_000_000.0
@@ -87,6 +88,14 @@ def test_nobody_is_told_that_a_pool_is_exhausted_while_it_is_not() -> None:
     refused = attempt("one", status=409, kind="exhausted")
     (found,) = violations(outcome(refused, facts=Facts(stocked={"P": 3}, left={"P": 3})), None)
     assert found.startswith("P4")
+
+
+@pytest.mark.parametrize(("left", "broken"), [(19, 0), (20, 1)])
+def test_fewer_than_were_asked_for_is_no_reason_to_give_fewer_only_if_it_is_true(left: int, broken: int) -> None:
+    """Client API v3 sells 1 to 20 at once, and all or nothing but for caps."""
+    refused = attempt("one", status=400, kind=error_body("exhausted")["code"], wanted=20)
+    found = violations(outcome(refused, facts=Facts(stocked={"P": 30}, left={"P": left})), None)
+    assert [one[:2] for one in found] == ["P4"] * broken
 
 
 def test_what_the_audit_finds_is_a_broken_promise() -> None:
