@@ -193,7 +193,6 @@ class Generation(msgspec.Struct, frozen=True):
     server_replid2: str
     server_run_id: str
     server_role: str
-    server_replicas: int
 
     @property
     def agrees(self) -> bool:
@@ -542,7 +541,6 @@ class Scripts:
             server_replid2=_identifier(replication["master_replid2"]),
             server_run_id=_identifier(server["run_id"]),
             server_role=str(replication["role"]),
-            server_replicas=int(replication["connected_slaves"]),
         )
 
     async def _call(self, name: str, script_keys: Sequence[str], arguments: Sequence[str | int]) -> Any:

@@ -164,7 +164,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "accept", self.accept,
                 f"no check is called {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}", "version,replicas",
             )  # fmt: skip
-        if self.restart_in_place and (weaker := self.accepted & {"appendonly", "appendfsync", "replicas"}):
+        if self.restart_in_place and (weaker := self.accepted & _NOT_IN_PLACE):
             raise _wrong(
                 "restart_in_place", "true",
                 f"can't be promised where {PREFIX}ACCEPT names {', '.join(sorted(weaker))}", False,
@@ -186,6 +186,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             store_ca_file="",
         )
 
+
+# Checks without which a restarted Redis may lack what it had acknowledged.
+_NOT_IN_PLACE: Final = frozenset({"appendonly", "appendfsync", "no-appendfsync-on-rewrite", "replicas"})
 
 _FIELDS: Final = {field.name: field for field in msgspec.structs.fields(Settings)}
 

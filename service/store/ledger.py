@@ -159,7 +159,7 @@ async def newest_first(
 async def last_seq(conn: AsyncConnection, partition: int, generation: int) -> int:
     """The highest outbox sequence of this generation that was flushed, 0 if none was."""
     last = 0
-    for table in (requests, set_asides):
+    for table in (requests, set_asides, incidents):
         of_it = (table.c.partition == partition) & (table.c.generation == generation)
         last = max(last, int(await conn.scalar(select(func.max(table.c.outbox_seq)).where(of_it)) or 0))
     return last

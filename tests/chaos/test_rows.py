@@ -21,7 +21,7 @@ from service.domain import Record
 from tests.chaos import power
 from tests.chaos.answers import Answers
 from tests.chaos.client import Answer, Call, read
-from tests.chaos.stage import READY_S, Load, Stage, until
+from tests.chaos.stage import OUTAGE_S, PLANNED_RATE, READY_S, Load, Stage, until
 from tests.chaos.trial import Trial
 from tests.wire import Client
 
@@ -227,10 +227,10 @@ def test_row_11_an_emptied_redis_is_no_reason_to_say_unavailable(trial: Trial) -
 @pytest.mark.long
 def test_row_12_issuing_goes_on_while_the_store_is_away_and_nothing_is_lost(trial: Trial) -> None:
     sources = trial.stage.world.sources_of("PAY", "TRM")
-    with trial.load(sources=sources, rate=100.0) as load:
-        trial.happens("the store is away", seconds=4.0)
+    with trial.load(sources=sources, rate=float(PLANNED_RATE)) as load:
+        trial.happens("the store is away", seconds=float(OUTAGE_S))
         load.answered(20)
-    assert set(trial.kinds) <= FINAL  # a window holds ten seconds of twice this rate, the outbox far more
+    assert set(trial.kinds) <= FINAL, "P7: at the planned rate, for as long as was planned, nobody notices"
 
 
 @pytest.mark.long

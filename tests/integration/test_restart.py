@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import redis
@@ -153,6 +154,26 @@ async def test_what_may_lack_something_is_left(
     await here.restart()
     assert (await here.recover.run_once()).rolled
     assert (await here.stage.scripts.generation()).open == 2
+
+
+@only_sqlite
+async def test_what_is_read_of_one_server_is_not_said_of_another(
+    here: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker slept between its looks, and the server was replaced by one with other settings."""
+    scripts = here.stage.scripts
+    await scripts.redis.config_set("appendfsync", "everysec")
+    look = scripts.generation
+
+    async def then_it_dies() -> Any:
+        seen = await look()
+        await here.restart()  # its options say `always`
+        return seen
+
+    monkeypatch.setattr(scripts, "generation", then_it_dies)
+    await note_synced(scripts)
+    monkeypatch.undo()
+    assert (await here.recover.run_once()).rolled
 
 
 @only_sqlite
