@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.store.schema import audit_log
 
 NOT_YET: Final = "not in force yet"
+STORED: Final = "stored"
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -34,7 +35,7 @@ class Change(msgspec.Struct, frozen=True):
             return "refused"
         if self.version is None or (fence is not None and self.version <= fence):
             return "done"
-        return "stored" if fence is None else NOT_YET
+        return STORED if fence is None else NOT_YET
 
 
 async def newest_first(

@@ -293,7 +293,7 @@ def _keep_journal_in_wal(cursor: Any, statement_s: float) -> None:
             cursor.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
                 raise
         await_only(asyncio.sleep(BUSY_POLL_S))
 

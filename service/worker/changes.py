@@ -15,14 +15,19 @@ from service.domain import instant
 from service.errors import RedisUnreachable
 from service.scripts import Scripts
 from service.store import audit_log
-from service.store.audit_log import NOT_YET, Change
-from service.store.database import Database
+from service.store.audit_log import NOT_YET, STORED, Change
+from service.store.database import STATEMENT_S, Database
 from service.worker import patience
+from service.worker.publish import PRELOAD_S
 
 log = structlog.get_logger()
 
 # Lines of one step; a change of many things is one change, so there are never many.
 LINES_MAX: Final = 100
+
+# A command notes the second at which it began: it may wait for the write lock, then for processes to load the
+# catalogue, and tries for so long to put it in force.
+HELD_S: Final = STATEMENT_S + PRELOAD_S + patience.UNREACHED_S
 
 
 class Changes:
@@ -66,8 +71,8 @@ class Changes:
         return len(due) == LINES_MAX
 
     def _is_due(self, one: Change, fence: int | None) -> bool:
-        """Whether its outcome is known, or its command no longer tries."""
-        return one.outcome(fence) != NOT_YET or abs(self._now() - one.at) > patience.UNREACHED_S
+        """Whether its outcome is known for good, or its command no longer tries."""
+        return one.outcome(fence) not in (NOT_YET, STORED) or abs(self._now() - one.at) > HELD_S
 
     async def _fence(self) -> int | None:
         try:

@@ -16,7 +16,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import keys
 from service.catalogue import encode
-from service.errors import Conflict, NotFound, RedisUnreachable, ScriptFailed, StoreIsOlder, StoreUnreachable
+from service.errors import (
+    Conflict,
+    NotFound,
+    RedisDiskFull,
+    RedisFull,
+    RedisUnreachable,
+    ScriptFailed,
+    StoreIsOlder,
+    StoreUnreachable,
+)
 from service.scripts import Scripts
 from service.store import control
 from service.store.database import Database
@@ -110,7 +119,7 @@ async def announce(database: Database, scripts: Scripts, version: int, blob: byt
             if await scripts.publish(version) == "OK":
                 return []
             reason = "it is being recovered"
-    except (RedisError, RedisUnreachable, StoreUnreachable, ScriptFailed, OSError) as error:
+    except (RedisError, RedisUnreachable, RedisFull, RedisDiskFull, StoreUnreachable, ScriptFailed, OSError) as error:
         reason = type(error).__name__
     log.warning("partition not reached", partition=scripts.partition, version=version, reason=reason)
     return [f"{keys.tag(scripts.partition)}: {reason}"]

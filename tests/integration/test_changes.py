@@ -21,8 +21,7 @@ from service.store import audit_log, control, schema
 from service.store.audit_log import Change
 from service.store.database import Database
 from service.tokens import new_token
-from service.worker import patience
-from service.worker.changes import LINES_MAX, Changes
+from service.worker.changes import HELD_S, LINES_MAX, Changes
 from service.worker.publish import change
 from tests.integration.stage import Stage, staged
 from tests.integration.typed import OnStage, ok, refused, run
@@ -183,7 +182,7 @@ async def test_a_change_between_its_commit_and_its_fence_gets_one_line_and_that_
 
 
 async def test_a_change_whose_command_gave_up_on_the_fence_is_said_to_be_not_in_force(database: Database) -> None:
-    changes = Changes(database, _NoRedis(), now=lambda: NOW + math.ceil(patience.UNREACHED_S) + 1)  # type: ignore[arg-type]
+    changes = Changes(database, _NoRedis(), now=lambda: NOW + math.ceil(HELD_S) + 1)  # type: ignore[arg-type]
     async with database.write() as conn:
         await control.log(conn, actor="a", action="b", subject="c", detail="", now=NOW, version=7)
     with structlog.testing.capture_logs() as logged:
