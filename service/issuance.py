@@ -193,6 +193,7 @@ class Issuer:
         if (busy := self._busy(now)) is not None:
             return busy
         if len(self._checks) >= CHECKS_MAX:
+            metrics.guard_refusals.labels("checks").inc()
             return OVERLOADED
         said: asyncio.Future[T | Busy] = asyncio.get_running_loop().create_future()
         self._checks.append(_Check(judge, partial(_resolve, said), now + self._deadline_s))
@@ -204,6 +205,11 @@ class Issuer:
     def ready(self) -> bool:
         """A catalogue was loaded once, and new requests are taken."""
         return self.catalogue is not None and not self._draining
+
+    @property
+    def queued(self) -> int:
+        """Vouchers that wait for a batch."""
+        return self._admission.queued
 
     def adopt(self, catalogue: Catalogue) -> None:
         """Decides by ``catalogue`` from the next batch on, unless a newer one is in use already."""
@@ -237,7 +243,6 @@ class Issuer:
                 batch.append(waiting)
                 vouchers += waiting.request.quantity
                 self._admission.leave(waiting.holder, waiting.request.quantity)
-            metrics.queue.set(self._admission.queued)
             if not self._queue:
                 self._work_to_do.clear()
             self._admission.began(self._clock())
@@ -324,21 +329,23 @@ class Issuer:
         return routed, refused
 
     async def _call(self, catalogue: Catalogue, routed: Sequence[_Waiting]) -> Reply:
-        if not routed:
-            metrics.fence_checks.inc()
-            return await self._scripts.replay([], generation=self._generation, version=catalogue.version)
-        began = self._clock()
-        reply = await self._scripts.issue(
-            routed,
-            generation=self._generation,
-            version=catalogue.version,
-            outbox_max=self._outbox_max,
-            outbox_bytes_max=self._outbox_bytes_max,
-            retention_s=self._retention_s,
-            bounds=self._bounds({waiting.plan for waiting in routed}),
-        )
+        began, script = self._clock(), "issue" if routed else "replay"
+        try:
+            if not routed:
+                metrics.fence_checks.inc()
+                return await self._scripts.replay([], generation=self._generation, version=catalogue.version)
+            reply = await self._scripts.issue(
+                routed,
+                generation=self._generation,
+                version=catalogue.version,
+                outbox_max=self._outbox_max,
+                outbox_bytes_max=self._outbox_bytes_max,
+                retention_s=self._retention_s,
+                bounds=self._bounds({waiting.plan for waiting in routed}),
+            )
+        finally:  # also of one that was not answered in time
+            metrics.script_seconds.labels(script).observe(self._clock() - began)
         metrics.batch_requests.observe(len(routed))
-        metrics.script_seconds.labels("issue").observe(self._clock() - began)
         return reply
 
     def _bounds(self, plans: Iterable[Plan]) -> dict[Counter, PeriodBounds]:
@@ -491,6 +498,7 @@ class Issuer:
         """The window is short: ask again when the worker had time to refill it (P4: this is no 409)."""
         waiters = self._refilling.setdefault(pool, [])
         if waiting.deadline <= self._clock() or len(waiters) >= REFILL_WAITERS_MAX:
+            metrics.guard_refusals.labels("refill").inc()
             self._answer(waiting, REFILLING)
             return
         waiters.append(waiting)
@@ -531,6 +539,7 @@ class Issuer:
         now = self._clock()
         for asking in batch:
             if asking.deadline < now:
+                metrics.guard_refusals.labels("deadline").inc()
                 self._answer(asking, asking.overdue)
 
     # --- bounds --------------------------------------------------------------------------------------------------

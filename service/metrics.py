@@ -16,7 +16,7 @@ import os
 import platform
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,7 +80,11 @@ batch_replies = Counter("voucherd_batch_replies", "Replies to whole batches (OK,
 guard_refusals = Counter(
     "voucherd_guard_refusals", "Requests refused for the sake of other requests (429, 503), by guard", ["guard"]
 )
-for _guard in ("rate_limit", "queue", "delay", "share", "outbox_codes", "outbox_bytes", "memory", "disk"):
+GUARDS: Final = (
+    "rate_limit", "queue", "delay", "share", "deadline", "checks", "refill", "outbox_codes", "outbox_bytes", "memory",
+    "disk",
+)  # fmt: skip
+for _guard in GUARDS:
     guard_refusals.labels(_guard)  # there from the start, so that the first one is an increase
 refill_waits = Counter("voucherd_refill_waits", "Requests that waited for a window to be refilled")
 fence_checks = Counter("voucherd_fence_checks", "Bare fence checks, made when no batch was on its way")
@@ -117,8 +121,13 @@ refill_seconds = Histogram(
     "voucherd_refill_seconds", "Seconds from asking the store for codes until they are in a window", buckets=SECONDS
 )
 loop_timestamp_seconds = Gauge(
-    "voucherd_loop_timestamp_seconds", "Unix time at which a loop of the worker last ended a step without a fault",
+    "voucherd_loop_timestamp_seconds",
+    "Unix time at which a loop of the worker last ended a step, or found Redis or the store away",
     ["loop"], multiprocess_mode="max",
+)  # fmt: skip
+server_reachable = Gauge(
+    "voucherd_server_reachable", "1 if Redis, or the store, answered the worker's last look", ["server"],
+    multiprocess_mode="livemin",
 )  # fmt: skip
 outbox_codes = Gauge(
     "voucherd_outbox_codes", "Codes in the outbox, not yet in the ledger", ["partition"], multiprocess_mode="livemax"
@@ -154,13 +163,18 @@ outage_lasts_seconds = Gauge(
 )  # fmt: skip
 pool_empty_in_seconds = Gauge(
     "voucherd_pool_empty_in_seconds",
-    "Seconds until stock and window of a pool in use are empty at the burn rate of the last minute; +Inf if it is 0",
+    "Seconds until a pool that is asked now is empty at the burn rate of the last minute; +Inf if it is not, or at 0",
     ["pool"], multiprocess_mode="livemin",
 )  # fmt: skip
 conservation_difference = Gauge(
     "voucherd_conservation_difference_codes",
     "Codes by which the books are off: in windows, between windows and ledger, in stock; should stay 0",
     ["partition", "books"], multiprocess_mode="livemax",
+)  # fmt: skip
+books_checked = Gauge(
+    "voucherd_books_checked_timestamp_seconds",
+    "Unix time at which quarantine, ledger and stock were last counted code by code", ["partition"],
+    multiprocess_mode="livemax",
 )  # fmt: skip
 catalogue_stored = Gauge(
     "voucherd_catalogue_stored_version", "Version of the catalogue in the store", ["partition"],
@@ -275,15 +289,16 @@ def _bounded(known: set[str], name: str) -> str:
 class Supervision(Collector):
     """What only the parent of the serving processes knows; never written to the directory."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, ready: Callable[[], int] = lambda: 0) -> None:
+        """``ready`` says how many are."""
         self.workers = workers
-        self.ready = 0
+        self.ready = ready
         self.exits = 0
         self.pids: dict[int, int] = {}  # of the processes there are now, by number
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("voucherd_workers", "Serving processes that should run", self.workers)
-        yield GaugeMetricFamily("voucherd_workers_ready", "Serving processes that are ready", self.ready)
+        yield GaugeMetricFamily("voucherd_workers_ready", "Serving processes that are ready", self.ready())
         yield CounterMetricFamily("voucherd_worker_exits", "Serving processes that ended untold", self.exits)
         memory = GaugeMetricFamily(
             "voucherd_process_resident_bytes", "Resident memory of a serving process", labels=["process"]

@@ -25,6 +25,9 @@ HEIGHT: Final = 8  # rows of one panel
 # Grafana puts in what suits the span and the scrape interval.
 OVER: Final = "[$__rate_interval]"
 
+# Answers that were no voucher; 207-762 is a part of those that were asked for, of Client API v3.
+REFUSED: Final = 'code!~"issued|replayed|207-762"'
+
 
 class Panel(NamedTuple):
     """One graph.  ``unit`` is Grafana's name of one; ``queries``: expression and legend each."""
@@ -73,11 +76,11 @@ def sections() -> tuple[Section, ...]:
         )),
         Section("Refusals", (
             Panel("By campaign", "reqps", (
-                (f'topk(10, sum by (campaign, code) (rate({campaigns}{{code!~"issued|replayed"}}{OVER})))',
+                (f'topk(10, sum by (campaign, code) (rate({campaigns}{{{REFUSED}}}{OVER})))',
                  "{{campaign}} {{code}}"),
             ), "The ten that refuse most, by the campaign that was considered first.", 6),
             Panel("By distributor", "reqps", (
-                (f'topk(10, sum by (distributor, code) (rate({distributors}{{code!~"issued|replayed"}}{OVER})))',
+                (f'topk(10, sum by (distributor, code) (rate({distributors}{{{REFUSED}}}{OVER})))',
                  "{{distributor}} {{code}}"),
             ), "The ten that are refused most; only those whose credential was confirmed.", 6),
             Panel("By guard", "reqps", (
@@ -110,6 +113,7 @@ def sections() -> tuple[Section, ...]:
         Section("Ledger", (
             Panel("Outbox", "short", (
                 (f"max by (partition) ({_name(metrics.outbox_codes)})", "codes in partition {{partition}}"),
+                (f"min({_name(metrics.outbox_limit_codes)})", "at most"),
             ), "Vouchers that are not in the ledger yet.", 6),
             Panel("Outbox, bytes", "bytes", (
                 (f"max by (partition) ({_name(metrics.outbox_bytes)})", "in partition {{partition}}"),
@@ -138,16 +142,20 @@ def sections() -> tuple[Section, ...]:
             Panel("Redis' memory", "bytes", (
                 (f"max({_name(metrics.redis_memory_bytes)})", "used"),
                 (f"max({_name(metrics.redis_memory_limit_bytes)}) < Inf or vector(0)", "limit (0: none)"),
-            ), "At its limit nothing new is issued."),
+            ), "At its limit nothing new is issued.", 6),
             Panel("Without the store", "s", (
                 (f"min({_name(metrics.outage_lasts_seconds)})", "issuing would last"),
-            ), "How long issuing would go on at the planned rate if the store were away now."),
+            ), "How long issuing would go on at the planned rate if the store were away now.", 6),
+            Panel("Servers and generation", "short", (
+                (f"max by (server) ({_name(metrics.server_reachable)})", "{{server}} answers"),
+                (f"max({_name(metrics.generation)})", "open generation"),
+            ), "A generation that grows is a Redis that was restarted, emptied or replaced.", 6),
             Panel("Faults", "cps", (
                 (f"sum(rate({_name(metrics.script_faults)}{OVER})) or vector(0)", "script calls"),
                 (f"sum(rate({_name(metrics.step_faults)}{OVER})) or vector(0)", "steps of the worker"),
                 (f"sum({_name(metrics.unsafe_settings)})", "unsafe settings"),
                 (f"max({_name(metrics.redis_append_failing)})", "append-only file failing"),
-            ), "All of it stays 0 while the servers are well."),
+            ), "All of it stays 0 while the servers are well.", 6),
         )),
         Section("Processes", (
             Panel("Serving", "short", (
@@ -161,7 +169,7 @@ def sections() -> tuple[Section, ...]:
                   "Resident memory of the serving processes."),
             Panel("Worker's loops", "s", (
                 (f"time() - max by (loop) ({_name(metrics.loop_timestamp_seconds)})", "{{loop}}"),
-            ), "Seconds since a loop ended a step without a fault.", 12),
+            ), "Seconds since a loop ended a step, or found a server away.", 12),
             Panel("Versions", "short", (
                 (f"sum by (version) ({build})", "{{version}}"),
             ), "What runs, one for each `serve` and `work`.", 12),

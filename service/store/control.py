@@ -298,6 +298,16 @@ async def pools_in_use(connection: AsyncConnection, now: int) -> set[str]:
     return set(await connection.scalars(used))
 
 
+async def pools_asked(connection: AsyncConnection, now: int) -> set[str]:
+    """Pools that a campaign issues from to somebody now: it runs, and is assigned."""
+    asked = select(campaigns.c.pool).where(
+        campaigns.c.paused.is_(False), campaigns.c.starts_at <= now,
+        or_(campaigns.c.until == 0, campaigns.c.until > now),
+        campaigns.c.id.in_(select(assignments.c.campaign)),
+    )  # fmt: skip
+    return set(await connection.scalars(asked.distinct()))
+
+
 async def caps_counted_from(connection: AsyncConnection) -> dict[tuple[str, str, str, str], int]:
     """Per (campaign, distributor or '', holder, period), since when there has been such a cap: it counts from then."""
     found = await connection.execute(select(caps))

@@ -87,6 +87,10 @@ class App:
         for tally in self._tallies.values():
             tally.flush()
 
+    def note_queue(self) -> None:
+        """The metric says how many vouchers wait for a batch now."""
+        metrics.queue.set(self._issuer.queued)
+
     def flush_some_tallies(self) -> bool:
         """A bounded part of what was counted is in the metrics; whether there is more of it."""
         return any(tally.flush_some() for tally in self._tallies.values())

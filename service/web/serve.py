@@ -106,7 +106,7 @@ class Supervisor:
     """Keeps the serving processes running until told to stop."""
 
     def __init__(self, settings: Settings, public: socket.socket, directory: Path, command: Sequence[str]) -> None:
-        self.metrics = metrics.Supervision(settings.workers)
+        self.metrics = metrics.Supervision(settings.workers, self._ready)
         self._settings = settings
         self._public = public
         self._directory = directory
@@ -134,11 +134,13 @@ class Supervisor:
 
     def readiness(self) -> Readiness:
         """Whether every process is ready, and what is missing if not."""
-        self.metrics.ready = sum(worker.state == "ready" for worker in self._workers)
         missing = [f"worker {worker.number} {worker.says}" for worker in self._workers if worker.state != "ready"]
         if self._stopping.is_set():
             missing.append("shutting down")
-        return Readiness(not missing, len(self._workers), self.metrics.ready, missing)
+        return Readiness(not missing, len(self._workers), self._ready(), missing)
+
+    def _ready(self) -> int:
+        return sum(worker.state == "ready" for worker in self._workers)
 
     async def _keep(self, worker: Worker) -> None:
         """``worker`` has a process: whenever that ends, there is another one after a pause."""

@@ -184,6 +184,7 @@ async def _watch(app: App, server: Server, say: Callable[[Word], None]) -> None:
 async def _flush(app: App) -> None:
     while True:
         await asyncio.sleep(FLUSH_S)
+        app.note_queue()  # here and not with each batch: it grows while one is not answered
         while app.flush_some_tallies():
             await asyncio.sleep(0)  # requests are answered in between
 

@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from service import keyring, metrics
-from service.errors import Fault, Misconfigured
+from service.errors import Fault, Misconfigured, RedisUnreachable, StoreUnreachable
 from service.identity import NO_KEYS
 from service.line import connect
 from service.scripts import Scripts
@@ -126,6 +126,7 @@ async def _work(settings: Settings, stop: asyncio.Event, make_flush: Callable[..
             "changes": _loop("changes", changes.run_once, CHANGES_S, stop),
             "clean": _loop("clean", recover.clean_once, CLEAN_S, stop),
             "watch": _loop("watch", watch.run_once, WATCH_S, stop),
+            "count": _loop("count", watch.count_once, WATCH_S, stop),
             "vet": _loop("vet", vet_step, VET_S, stop, first=False),
         }
         if settings.restart_in_place:
@@ -157,16 +158,18 @@ async def _loop(
     while not stop.is_set():
         try:
             did_something = await step()
-            metrics.loop_timestamp_seconds.labels(name).set(time.time())
         except Exception as fault:  # the boundary of a loop: it tries again, whatever happened
             metrics.step_faults.labels(name, type(fault).__name__).inc()
             if isinstance(fault, Fault):
                 log.warning("step failed", loop=name, fault=type(fault).__name__, detail=str(fault))
             else:
                 log.exception("step failed", loop=name)
+            if isinstance(fault, (RedisUnreachable, StoreUnreachable)):  # the loop is there, and says so
+                metrics.loop_timestamp_seconds.labels(name).set(time.time())
             await asyncio.sleep(fault_pause_s)
             fault_pause_s = min(2 * fault_pause_s, FAULT_PAUSE_S_MAX)
         else:
+            metrics.loop_timestamp_seconds.labels(name).set(time.time())
             fault_pause_s = FAULT_PAUSE_S_MIN
             await asyncio.sleep(0 if did_something is True else pause_s)
 

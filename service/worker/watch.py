@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
 from redis.exceptions import RedisError, ResponseError
 
 from service import keys, metrics
-from service.errors import RedisUnreachable, StoreIsOlder
+from service.errors import RedisUnreachable, StoreIsOlder, StoreUnreachable
 from service.scripts import Books, Scripts
 from service.store import books, control, stock
 from service.store.database import Database
@@ -48,61 +48,97 @@ class Watch:
         self._said = ""
         self._quarantined = set[str]()  # pools whose gauge says what is in quarantine
         self._counted_in = (0, 0.0)
+        # As the store said last, by pool.
+        self._left: dict[str, int] = {}  # codes
+        self._leased: dict[str, int] = {}  # codes, ever
+        self._used = set[str]()
+        self._asked = set[str]()  # those that somebody may ask now, and that can be empty
         self._gone: deque[tuple[float, int, dict[str, int]]] = deque()  # when, in which generation, codes by pool
 
     async def run_once(self) -> str:
-        """One look.  Returns why the store is older than Redis, '' if it is not.  Raises RedisUnreachable,
-        StoreUnreachable."""
+        """One look.  Returns why the store is older than Redis, '' if it is not.
+
+        What the one server says is told also while the other is away.  Raises RedisUnreachable, StoreUnreachable.
+        """
+        faults = [
+            fault
+            for server, look in (("store", self._look_at_store), ("redis", self._look_at_redis))
+            if (fault := await _told(server, look)) is not None
+        ]
+        if faults:
+            raise faults[0]
+        return await self._look_at_both()
+
+    async def _look_at_redis(self) -> None:
         partition = str(self._scripts.partition)
-        older = ""
+        seen = await self._scripts.generation()
+        held = await self._scripts.books(sorted(self._left), generation=seen.open) if seen.open else None
+        metrics.generation.labels(partition).set(seen.open)
+        metrics.fence_version.labels(partition).set(seen.fence)
+        if held is not None:
+            metrics.outbox_codes.labels(partition).set(held.codes)
+            metrics.outbox_bytes.labels(partition).set(held.bytes)
+            metrics.outbox_limit_codes.labels(partition).set(self._outbox_max)
+            metrics.outbox_limit_bytes.labels(partition).set(self._outbox_bytes_max)
+            for pool, window in held.windows.items():
+                metrics.window_codes.labels(pool).set(window.length)
+            age_s = await outbox_age_s(self._scripts, seen.open, self._now())
+            metrics.outbox_age_seconds.labels(partition).set(age_s)
+            metrics.outage_lasts_seconds.labels(partition).set(
+                outage_lasts_s(
+                    held, {pool: codes for pool, codes in self._left.items() if pool in self._used},
+                    outbox_max=self._outbox_max, planned_rate=self._planned_rate,
+                )
+            )  # fmt: skip
+        await self._redis_itself(partition)
+
+    async def _look_at_store(self) -> None:
+        now = int(self._now())
+        async with self._database.read() as conn:
+            self._left = await stock.left(conn, now)
+            self._used = await control.pools_in_use(conn, now)
+            self._asked = await control.pools_asked(conn, now) - await stock.generated(conn)
+            self._leased = await stock.leased_ever(conn)
+            metrics.catalogue_stored.labels(str(self._scripts.partition)).set(await control.version(conn))
+        for pool, codes in self._left.items():
+            metrics.stock_codes.labels(pool).set(codes)
+
+    async def _look_at_both(self) -> str:
+        partition, older = str(self._scripts.partition), ""
         try:
             seen, held = await refuse_older(self._database, self._scripts)
         except StoreIsOlder as fault:
             older = str(fault)
         else:
-            metrics.generation.labels(partition).set(seen.open)
             if held is not None:
-                metrics.outbox_codes.labels(partition).set(held.codes)
-                metrics.outbox_bytes.labels(partition).set(held.bytes)
-                metrics.outbox_limit_codes.labels(partition).set(self._outbox_max)
-                metrics.outbox_limit_bytes.labels(partition).set(self._outbox_bytes_max)
-                for pool, window in held.windows.items():
-                    metrics.window_codes.labels(pool).set(window.length)
-                age_s = await outbox_age_s(self._scripts, seen.open, self._now())
-                metrics.outbox_age_seconds.labels(partition).set(age_s)
                 metrics.conservation_difference.labels(partition, "windows").set(abs(in_redis(held)))
-            metrics.fence_version.labels(partition).set(seen.fence)
-            await self._redis_itself(partition)
-            async with self._database.read() as conn:
-                left = await stock.left(conn, int(self._now()))
-                used = await control.pools_in_use(conn, int(self._now()))
-                leased = await stock.leased_ever(conn)
-                generated = await stock.generated(conn)
-                metrics.catalogue_stored.labels(partition).set(await control.version(conn))
-            for pool, codes in left.items():
-                metrics.stock_codes.labels(pool).set(codes)
-            if held is not None:
-                self._burn(seen.open, held, left, leased, used - generated)
-                left = {pool: codes for pool, codes in left.items() if pool in used}
-                metrics.outage_lasts_seconds.labels(partition).set(
-                    outage_lasts_s(held, left, outbox_max=self._outbox_max, planned_rate=self._planned_rate)
-                )
-            if (seen.open, self._now() // COUNT_S) != self._counted_in:
-                self._counted_in = (seen.open, self._now() // COUNT_S)
-                await self._count(seen.open, held)
+                self._burn(seen.open, held)
         metrics.store_older.labels(partition).set(bool(older))
         if older and older != self._said:
             log.critical("watch", wrong=older)
         self._said = older
         return older
 
-    def _burn(
-        self, generation: int, held: Books, left: dict[str, int], leased: dict[str, int], ending: set[str]
-    ) -> None:
+    async def count_once(self) -> bool:
+        """What is counted code by code, if that is due: quarantine, and whether ledger and stock are what they must be.
+        Whether it was; nothing is counted in a store that is older.  Raises RedisUnreachable, StoreUnreachable."""
+        try:
+            seen, held = await refuse_older(self._database, self._scripts)
+        except StoreIsOlder:
+            return False  # `run_once` says so
+        due = (seen.open, self._now() // COUNT_S)
+        if due == self._counted_in:
+            return False
+        await self._count(seen.open, held)
+        self._counted_in = due
+        metrics.books_checked.labels(str(self._scripts.partition)).set(self._now())
+        return True
+
+    def _burn(self, generation: int, held: Books) -> None:
         """When each pool will be empty, by how fast codes left it: leased by the store and no longer in its window.
-        Only those of ``ending`` ever are."""
+        One that nobody may ask now never is, nor one that makes its own codes."""
         now = self._now()
-        gone = {pool: leased.get(pool, 0) - window.length for pool, window in held.windows.items()}
+        gone = {pool: self._leased.get(pool, 0) - window.length for pool, window in held.windows.items()}
         if self._gone and self._gone[-1][1] != generation:
             self._gone.clear()  # windows that were left with their generation were not burnt
         self._gone.append((now, generation, gone))
@@ -111,13 +147,12 @@ class Watch:
         then, _, before = self._gone[0]
         for pool, codes in gone.items():
             burnt = codes - before.get(pool, codes)
-            burns = burnt > 0 and now > then and pool in ending
-            codes_left = left.get(pool, 0) + held.windows[pool].length
+            burns = burnt > 0 and now > then and pool in self._asked
+            codes_left = self._left.get(pool, 0) + held.windows[pool].length
             seconds = codes_left * (now - then) / burnt if burns else math.inf
-            metrics.pool_empty_in_seconds.labels(pool).set(seconds if codes_left or pool not in ending else 0.0)
+            metrics.pool_empty_in_seconds.labels(pool).set(seconds if codes_left or pool not in self._asked else 0.0)
 
     async def _count(self, generation: int, held: Books | None) -> None:
-        """What is counted code by code: quarantine, and whether ledger and stock are what they must be."""
         partition = self._scripts.partition
         async with self._patient.read() as conn:
             lost = Counter[str]()
@@ -151,6 +186,17 @@ class Watch:
             metrics.redis_memory_limit_bytes.labels(partition).set(memory["maxmemory"] or math.inf)
         if "aof_last_write_status" in persistence:
             metrics.redis_append_failing.labels(partition).set(persistence["aof_last_write_status"] != "ok")
+
+
+async def _told(server: str, look: Callable[[], Awaitable[None]]) -> RedisUnreachable | StoreUnreachable | None:
+    """The fault of a look at a server that did not answer; the gauge says whether it did."""
+    fault = None
+    try:
+        await look()
+    except (RedisUnreachable, StoreUnreachable) as unreachable:
+        fault = unreachable
+    metrics.server_reachable.labels(server).set(fault is None)
+    return fault
 
 
 async def outbox_age_s(scripts: Scripts, generation: int, now: float) -> float:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from service import metrics
+from service.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "voucherd.rules.yml"
@@ -81,3 +82,34 @@ def test_no_rule_asks_for_a_metric_that_does_not_exist() -> None:
     for rule in _rules():
         for name in re.findall(r"\bvoucherd_\w+", rule["expr"]):
             assert name in exposed, f"{rule.get('alert') or rule['record']}: {name}"
+
+
+def test_no_rule_asks_for_a_label_that_is_never_there() -> None:
+    """A check, a loop or a guard that was renamed would silence its alert."""
+    allowed = {
+        "check": set(CHECKS),
+        "loop": set(re.findall(r'_loop\("(\w+)"', (ROOT / "service" / "worker" / "runner.py").read_text())),
+        "guard": set(metrics.GUARDS),
+        "kind": {"quarantine"},
+        "code": {"issued", "replayed", "207-762"},
+    }
+    asked = [
+        (rule.get("alert") or rule["record"], label, value)
+        for rule in _rules()
+        for label, values in re.findall(r'(\w+)[!=]~?"([^"]+)"', rule["expr"])
+        for value in values.split("|")
+        if label in allowed
+    ]
+    assert len(asked) > 10
+    for name, label, value in asked:
+        assert value in allowed[label], f"{name}: {label}={value}"
+
+
+def test_nothing_that_a_power_cut_loses_vouchers_by_waits_for_the_morning() -> None:
+    (durable,) = [rule["expr"] for rule in _rules() if rule.get("alert") == "VoucherdNotDurable"]
+    named = re.search(r'check=~"([^"]+)"', durable)
+    assert named is not None
+    assert set(named[1].split("|")) == {
+        "appendonly", "appendfsync", "no-appendfsync-on-rewrite", "fsync", "full_page_writes", "synchronous_commit",
+        "synchronous",
+    }  # fmt: skip

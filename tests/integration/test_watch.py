@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from prometheus_client import REGISTRY
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from service import keys
-from service.store import schema
+from service.errors import RedisUnreachable, StoreUnreachable
+from service.store import control, schema
 from service.store.database import Database
 from service.store.stock import Row
 from service.worker.stocking import import_codes
@@ -122,7 +124,10 @@ async def test_books_that_balance_differ_by_nothing_wherever_the_codes_are(
             await stage.flush.run_once()
         clock.now += COUNT_S
         await watch.run_once()
+        assert await watch.count_once()
         assert (off("windows"), off("ledger"), off("stock")) == (0.0, 0.0, 0.0), moment
+        assert not await watch.count_once(), "every row is read, so not again at once"
+    assert value("voucherd_books_checked_timestamp_seconds") == clock.now
 
 
 async def test_a_code_that_is_lost_anywhere_is_seen(stage: Stage, watch: Watch, clock: Clock) -> None:
@@ -137,15 +142,85 @@ async def test_a_code_that_is_lost_anywhere_is_seen(stage: Stage, watch: Watch, 
         await conn.execute(delete(schema.issuances).where(schema.issuances.c.ordinal == 1))
         await conn.execute(delete(schema.codes).where(schema.codes.c.code == f"CODE-{CODES:05}"))
     clock.now += COUNT_S
-    await watch.run_once()
+    await watch.count_once()
     assert off("ledger") == 1.0
     assert off("stock") == 1.0
 
 
-async def test_redis_itself_is_watched(stage: Stage, watch: Watch) -> None:
-    def value(name: str) -> float | None:
-        return REGISTRY.get_sample_value(name, {"partition": "0"})
+def value(name: str) -> float | None:
+    return REGISTRY.get_sample_value(name, {"partition": "0"})
 
+
+def reachable(server: str) -> float | None:
+    return REGISTRY.get_sample_value("voucherd_server_reachable", {"server": server})
+
+
+async def test_what_waits_for_the_ledger_is_told_while_the_store_is_away(
+    stage: Stage, watch: Watch, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is then that somebody has to be woken before the outbox is full."""
+    await watch.run_once()
+    assert (reachable("redis"), reachable("store")) == (1, 1)
+    lasts_s, held = value("voucherd_outage_lasts_seconds"), value("voucherd_outbox_codes")
+    assert held == 0
+    await stage.issue("one", "two", "three")
+    monkeypatch.setattr(stage.database, "read", _away)
+    clock.now += 40
+    with pytest.raises(StoreUnreachable):
+        await watch.run_once()
+    assert (reachable("redis"), reachable("store")) == (1, 0)
+    assert value("voucherd_outbox_codes") == 3
+    assert value("voucherd_outbox_age_seconds") == pytest.approx(40, abs=5)
+    assert value("voucherd_outage_lasts_seconds") == lasts_s - 3  # of a window, at one a second
+
+
+async def test_what_is_published_is_told_while_redis_is_away(
+    stage: Stage, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fence is behind then, and a token that was revoked may still work when Redis is back."""
+    await watch.run_once()
+    stored = value("voucherd_catalogue_stored_version")
+
+    async def away(*_: object, **__: object) -> None:
+        raise RedisUnreachable
+
+    monkeypatch.setattr(stage.scripts, "generation", away)
+    async with stage.database.write() as conn:
+        await control.raise_version(conn)
+    with pytest.raises(RedisUnreachable):
+        await watch.run_once()
+    assert (reachable("redis"), reachable("store")) == (0, 1)
+    assert value("voucherd_catalogue_stored_version") == stored + 1
+    assert value("voucherd_fence_version") == stored
+
+
+@pytest.mark.parametrize("so", ["paused", "not begun", "nobody's", "over"])
+async def test_a_pool_that_nobody_may_ask_now_is_never_called_empty(
+    stage: Stage, watch: Watch, clock: Clock, so: str
+) -> None:
+    campaigns, table = schema.campaigns, schema.assignments
+    change = {
+        "paused": update(campaigns).values(paused=True),
+        "not begun": update(campaigns).values(starts_at=int(clock.now) + 60),
+        "nobody's": delete(table),
+        "over": update(campaigns).values(until=int(clock.now) - 1),
+    }[so]
+    async with stage.database.write() as conn:
+        await conn.execute(change)
+        await conn.execute(delete(schema.codes))
+        await conn.execute(update(schema.lots).values(leased_to=schema.lots.c.imported))
+    await stage.scripts.redis.delete(keys.window(0, (await stage.scripts.generation()).open, POOL))
+    await watch.run_once()
+    assert empty_in_s() == math.inf
+
+
+@asynccontextmanager
+async def _away() -> AsyncIterator[None]:
+    raise StoreUnreachable
+    yield
+
+
+async def test_redis_itself_is_watched(stage: Stage, watch: Watch) -> None:
     await watch.run_once()
     assert value("voucherd_redis_memory_limit_bytes") == math.inf
     assert value("voucherd_redis_memory_bytes") > 0

@@ -414,6 +414,7 @@ class World:
         )  # fmt: skip
 
         async def watch_step() -> None:
+            await watch.count_once()
             if older := await watch.run_once():
                 self.counts["store older noticed"] += 1
                 if not self.is_older:

@@ -105,6 +105,19 @@ def test_refused_credentials_are_counted_and_name_nobody(names: None) -> None:
     assert value("voucherd_distributor_requests_total", distributor="", code="token_unknown") == 0
 
 
+def test_how_many_processes_are_ready_is_told_as_of_the_scrape() -> None:
+    """Nobody need have asked `/readyz`."""
+    ready = 0
+    supervision = metrics.Supervision(2, lambda: ready)
+
+    def told() -> float:
+        return next(one for one in supervision.collect() if one.name == "voucherd_workers_ready").samples[0].value
+
+    assert told() == 0
+    ready = 2
+    assert told() == 2
+
+
 def test_a_scrape_of_ten_thousand_series_is_quick_and_no_process_stands_still_for_it(tmp_path: Path) -> None:
     slowest = []
     for _ in range(2):
