@@ -137,6 +137,7 @@ class TokenEndpoint:
             return _refused(503, "temporarily_unavailable", "Access tokens can't be signed now.", _RETRY)
         if token is None:
             return _refused(503, "temporarily_unavailable", "There is no signing key yet.", _RETRY)
+        metrics.requests.labels("oauth2", "200", "token").inc()
         return _json(200, TokenAnswer(token, self._lifetime_s, "Bearer"))
 
 
@@ -236,6 +237,7 @@ _RETRY: Final = {"retry-after": str(RETRY_AFTER_S)}
 
 
 def _refused(status: int, error: str, description: str, headers: dict[str, str] | None = None) -> Response:
+    metrics.requests.labels("oauth2", str(status), error).inc()  # without tokens there is no Client API v3
     if status == 401:
         metrics.credentials_refused.labels("token", error).inc()
     answer = _json(status, TokenRefused(error, description))

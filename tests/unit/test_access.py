@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.algorithms import RSAAlgorithm
 from starlette.applications import Starlette
 
-from service import keyring
+from service import keyring, metrics
 from service.catalogue import Catalogue, Client, SigningKey, Snapshot, encode, load
 from service.domain import Busy
 from service.keyring import Keyring
@@ -459,6 +459,17 @@ async def test_without_a_signing_key_or_a_catalogue_the_client_is_told_to_come_b
     assert_no_token(await endpoint(GRANT, basic=f"CLIENT:{SECRET}"), 503, "temporarily_unavailable")
     world.issuer.busy = Busy("store_unreachable")
     assert_no_token(await endpoint(GRANT, basic=f"CLIENT:{SECRET}"), 503, "temporarily_unavailable")
+
+
+async def test_what_the_endpoint_answers_burns_the_error_budget(endpoint: Endpoint, world: World) -> None:
+    def told(status: str, code: str) -> float:
+        return metrics.requests.labels("oauth2", status, code)._value.get()
+
+    before = (told("200", "token"), told("503", "temporarily_unavailable"))
+    await endpoint(GRANT, basic=f"CLIENT:{SECRET}")
+    world.issuer.busy = Busy("overloaded")
+    await endpoint(GRANT, basic=f"CLIENT:{SECRET}")
+    assert (told("200", "token"), told("503", "temporarily_unavailable")) == (before[0] + 1, before[1] + 1)
 
 
 async def test_wrong_secrets_are_answered_later_and_later_and_a_right_one_at_once(endpoint: Endpoint) -> None:
