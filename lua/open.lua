@@ -1,6 +1,7 @@
-#!lua
+#!lua flags=allow-oom
 -- Opens a generation under the identity that this server has now: a new one after a roll, the same one when the
--- data is known to be the same, or the same one when its records are all restored.
+-- data is known to be the same, or the same one when its records are all restored.  Also with memory at its limit:
+-- what a roll leaves behind is freed after it.
 --
 -- KEYS
 --   1  generation    hash

@@ -1,5 +1,7 @@
-#!lua
+#!lua flags=allow-oom
 -- Brings back what the ledger knows and Redis may not: replay records that are missing, and counts under caps.
+-- Also with memory at its limit: no roll ends without the counts.  Whoever restores many records looks at the memory
+-- before.
 --
 -- KEYS
 --   1  generation    hash

@@ -514,6 +514,16 @@ class Scripts:
             },
         )  # fmt: skip
 
+    async def is_full(self) -> bool:
+        """Whether the server's memory is at its limit, so that scripts that need some are refused."""
+        try:
+            memory = await self.redis.info("memory")
+        except ResponseError:
+            return False  # it is not told
+        except RedisError as error:
+            raise _fault(error) from error
+        return 0 < int(memory.get("maxmemory", 0)) <= int(memory.get("used_memory", 0))
+
     async def rights(self, commands: Sequence[str]) -> list[str]:
         """Runs ``lua/rights.lua``: those of ``commands`` that this Redis user may not run."""
         raw = await self._call("rights", [], list(commands))

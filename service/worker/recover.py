@@ -298,6 +298,8 @@ class Recover:
         """Sets the replay records that the ledger has and Redis lacks, newest first; while it lasts, a request whose
         record is missing is looked up in the ledger before it is issued.  Begins after the generation was opened,
         so a late flush is either found here or has restored its own (flush.py).
+
+        While Redis' memory is at its limit none is set: first what was left has to be forgotten (``clean_once``).
         """
         if self._restoring != seen.open:
             self._restoring, self._restored_to = seen.open, None
@@ -310,6 +312,8 @@ class Recover:
                 if await self._scripts.open(seen, seen.open, version=version, restoring=False) == "OK":
                     log.info("records restored", partition=self._partition, generation=seen.open)
                 self._restoring = 0
+                break
+            if await self._scripts.is_full():
                 break
             before, self._restored_to = self._restored_to, page[-1][0]
             # The store reads the next page while Redis takes this one.

@@ -131,3 +131,29 @@ async def test_what_a_roll_left_in_quarantine_is_on_record_once_and_no_finding(s
     assert [(one.kind, one.generation, one.subject, one.codes) for one in found] == [("quarantine", 1, "CAMP-001", 0)]
     assert found[0].detail.startswith("40 codes are in quarantine: ")
     assert (await stage.audit()).findings == []
+
+
+async def test_a_roll_ends_with_memory_at_its_limit_and_records_wait_for_what_it_left_to_go(stage: Stage) -> None:
+    """Redis was full, and somebody restarted it: nothing may have to wait until keys expire."""
+    await stage.campaign(caps=(Cap("distributor", "total", 30),))
+    rows = [Row(line, f"CODE-{line:04}", None, None) for line in range(1, 91)]
+    await import_codes(stage.database, stage.scripts, "CAMP-001", rows, import_id="first")
+    await stage.refill.run_once()
+    given = await stage.issue("a", "b")
+    await stage.flush.run_once()
+    redis = stage.scripts.redis
+    await redis.config_set("maxmemory", "1")
+    try:
+        await _roll(stage)
+        assert (await stage.recover.run_once()).restored == 0
+        seen = await stage.scripts.generation()
+        assert (seen.open, seen.restoring) == (2, True), "misses are looked up in the ledger meanwhile"
+        assert await stage.recover.clean_once() > 0
+    finally:
+        await redis.config_set("maxmemory", "0")
+    assert (await stage.recover.run_once()).restored == 2
+    assert await stage.open() == 2
+    assert [one.detail for one in await stage.issue("a", "b")] == [one.detail for one in given]
+    await stage.refill.run_once()
+    answers = await stage.issue(*(f"more-{number}" for number in range(30)))
+    assert [one.status for one in answers].count("ISSUED") == 28, "what was issued before counts under the cap"
