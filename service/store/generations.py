@@ -92,6 +92,15 @@ async def closed(conn: AsyncConnection, partition: int) -> list[int]:
     return [int(number) for number in found]
 
 
+async def closed_lately(conn: AsyncConnection, partition: int, opened: int) -> list[int]:
+    """The last ``opened`` closed generations that were known to be open, and those in between that were not (a roll
+    that failed, or one whose worker died before it could say so), oldest first."""
+    of_it = (generations.c.partition == partition) & (generations.c.state == CLOSED)
+    known = select(generations.c.generation).where(of_it, generations.c.opened_at.is_not(None))
+    oldest = await conn.scalar(known.order_by(generations.c.generation.desc()).offset(opened - 1).limit(1))
+    return [number for number in await closed(conn, partition) if number >= (oldest or 0)]
+
+
 async def unclosed(conn: AsyncConnection, partition: int) -> list[int]:
     """The generations of a partition that are open or being built, oldest first."""
     found = await conn.scalars(

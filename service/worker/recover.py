@@ -47,6 +47,10 @@ PAGES_MAX: Final = 20
 # Keys looked at in one SCAN, and unlinked at once.
 UNLINK_MAX: Final = 500
 
+# Closed generations whose keys are looked for: each look reads the names of all keys.  Older ones were cleaned while
+# later ones were open.
+CLEANED: Final = 8
+
 
 class Recovered(msgspec.Struct, frozen=True):
     """What one step did.  ``opened`` is the generation that it opened or accepted, 0 if there was nothing to do."""
@@ -117,11 +121,11 @@ class Recover:
         if not seen.agrees:
             return 0
         async with self._database.read() as conn:
-            closed = await generations.closed(conn, self._partition)
+            closed = await generations.closed_lately(conn, self._partition, CLEANED)
         if self._clean_on != (seen.open, seen.server_replid):
             self._clean_on, self._clean = (seen.open, seen.server_replid), set()
         unlinked = 0
-        for generation in closed[-8:]:  # older ones were cleaned before these could be closed
+        for generation in closed:
             if generation == seen.open or generation in self._clean:
                 continue
             await self._flush.drain(generation)

@@ -135,3 +135,17 @@ async def test_shared_locks_do_not_wait_for_each_other(two: tuple[Database, Data
     async with two[0].write() as conn, two[1].write() as other, asyncio.timeout(2):
         await generations.lock(conn, 0, exclusive=False)
         await generations.lock(other, 0, exclusive=False)
+
+
+async def test_generations_that_nobody_knew_to_be_open_hide_none_that_was(database: Database) -> None:
+    """Rolls that fail one after the other are closed as well, and what they left has to be cleaned up."""
+    async with database.write() as conn:
+        for number in range(1, 15):
+            assert await generations.make(conn, 0, "test", 0) == number
+            if number in (1, 3, 4, 14):
+                await generations.open_(conn, 0, number, 0)
+    async with database.read() as conn:
+        assert await generations.closed_lately(conn, 0, 2) == [*range(3, 14)]
+        assert await generations.closed_lately(conn, 0, 3) == [*range(1, 14)]
+        assert await generations.closed_lately(conn, 0, 8) == [*range(1, 14)]
+        assert await generations.closed_lately(conn, 1, 8) == []
