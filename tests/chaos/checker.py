@@ -206,33 +206,31 @@ def _p6(found: list[str], answers: Answers, allowed: Allowances) -> None:
 
 
 def _p8(found: list[str], answers: Answers, evidence: Evidence, world: World, lost: set[str]) -> None:
-    """No cap is exceeded; of distributors and terminals not by more than was lost, told or not."""
-    used: defaultdict[Campaign, set[str]] = defaultdict(set)
-    by_distributor: defaultdict[tuple[Campaign, str], set[str]] = defaultdict(set)
-    by_terminal: defaultdict[tuple[Campaign, str, str], set[str]] = defaultdict(set)
+    """No cap is exceeded; by a distributor or terminal not by more than it was told and lost, which no ledger counts
+    when caps are counted anew."""
     campaigns = {one.id: one for one in world.campaigns}
+    used: defaultdict[tuple[Campaign, str, str], set[str]] = defaultdict(set)  # by whom: '' for all
+    forgotten: Counter[tuple[Campaign, str, str]] = Counter()
 
-    def count(code: str, campaign: Campaign, distributor: str, terminal: str) -> None:
-        used[campaign].add(code)
-        by_distributor[campaign, distributor].add(code)
-        by_terminal[campaign, distributor, terminal].add(code)
+    def holders(campaign: str, distributor: str, terminal: str) -> set[tuple[Campaign, str, str]]:
+        of = campaigns[campaign]
+        return {(of, "", ""), (of, distributor, ""), (of, distributor, terminal)}
 
     for code, row in evidence.issued.items():
-        count(code, campaigns[row.campaign], row.key[0], row.terminal)
+        for holder in holders(row.campaign, row.key[0], row.terminal):
+            used[holder].add(code)
     for key, asked in answers.keys.items():
         for one in asked.told:
             for code in lost.intersection(one.codes):
-                count(code, campaigns[one.campaign], key[0], asked.terminal)
-    for campaign, codes in used.items():
-        if campaign.cap is not None and len(codes) > campaign.cap:
-            found.append(f"{campaign.id}: {len(codes)} vouchers, its cap is {campaign.cap}")
-    for (campaign, distributor), codes in by_distributor.items():
-        more = evidence.quarantine[campaign.id] if lost else 0
-        if campaign.distributor_cap is not None and len(codes) > campaign.distributor_cap + more:
-            found.append(f"{campaign.id}: {len(codes)} vouchers of {distributor}, capped at {campaign.distributor_cap}")
-    for (campaign, distributor, terminal), codes in by_terminal.items():
-        more = evidence.quarantine[campaign.id] if lost else 0
-        if campaign.terminal_cap is not None and len(codes) > campaign.terminal_cap + more:
-            found.append(
-                f"{campaign.id}: {len(codes)} vouchers of {distributor} {terminal}, capped at {campaign.terminal_cap}"
-            )
+                for holder in holders(one.campaign, key[0], asked.terminal):
+                    used[holder].add(code)
+                    forgotten[holder] += bool(holder[1])
+    for holder, codes in used.items():
+        campaign, distributor, terminal = holder
+        cap = campaign.terminal_cap if terminal else campaign.distributor_cap if distributor else campaign.cap
+        if cap is not None and len(codes) > cap + forgotten[holder]:
+            found.append(f"{campaign.id}: {len(codes)} vouchers{_of(distributor, terminal)}, the cap is {cap}")
+
+
+def _of(distributor: str, terminal: str) -> str:
+    return f" of {distributor} {terminal}".rstrip() if distributor else ""

@@ -249,6 +249,14 @@ def test_a_distributor_may_go_past_its_cap_by_what_was_lost_and_not_further(scen
     assert scene.verdict(ALLOWED).violations["P8"]
 
 
+def test_what_one_terminal_lost_is_no_excuse_for_another_nor_are_codes_that_were_never_given(scene: Scene) -> None:
+    lost(scene, at=304.0, campaign="HOLDERS", product="HOL", terminal="A")
+    scene.evidence.quarantine.update(HOLDERS=50)
+    for number in (4, 5):
+        scene.voucher(f"K-{number}", f"C-{number}", campaign="HOLDERS", product="HOL", terminal="B", at=320.0)
+    assert scene.verdict(ALLOWED).violations["P8"] == ["HOLDERS: 2 vouchers of D B, the cap is 1"]
+
+
 def test_a_call_that_was_never_answered_is_no_final_answer(scene: Scene, tmp_path: Path) -> None:
     verdict = scene.verdict(ALLOWED)
     assert not verdict.broken
