@@ -55,6 +55,7 @@ class FakeIssuer:
 
     def __init__(self) -> None:
         self.catalogue: Catalogue | None = None
+        self.queued = 0
         self.outcome: Outcome | Callable[[Request], Outcome] | None = None
         self.authentication: Authenticated | Unauthorized | Suspended | Busy | None = None
         self.fault: Exception | None = None
