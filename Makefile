@@ -15,7 +15,7 @@ SECRETS ?= deploy/secrets
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script chaos chaos-import chaos-rows compare-install dashboard loadtest manifests \
+	bench-scale bench-script chaos chaos-import chaos-rows chaos-whole compare-install dashboard loadtest manifests \
 	mutations postman rolling secrets sim
 
 help: ## say what there is to make
@@ -84,6 +84,8 @@ chaos: install ## every fault at random on real processes, then every promise ch
 
 chaos-rows: install ## each fault alone, on PostgreSQL with Valkey and SQLite with Redis (ARGS='-k row_09')
 	$(BIN)/python -m pytest tests/chaos --chaos all $(ARGS)
+
+chaos-whole: chaos-rows chaos ## each fault alone, then all at random
 
 rolling: install ## every process restarted under load, ten rounds (ARGS='--upgrade-from COMMIT': from an older version)
 	$(BIN)/python -m pytest tests/acceptance/test_rolling.py --restarts 10 -s $(ARGS)
