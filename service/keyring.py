@@ -21,6 +21,7 @@ from jwt.algorithms import RSAAlgorithm
 
 from service.errors import Misconfigured
 from service.identity import KEY_BYTES_MIN, IdKeys
+from service.settings import refused
 
 _NONCE_BYTES: Final = 12  # what AES-GCM takes
 _SEALING_BYTES: Final = 32  # AES-256
@@ -90,25 +91,26 @@ def load(path: Path) -> Keyring:
     try:
         held = msgspec.json.decode(path.read_bytes(), type=_File)
     except OSError as error:
-        raise Misconfigured(f"the secrets file {path} can't be read: {error.strerror}") from None
+        raise _refused(path, f"can't be read: {error.strerror}") from None
     except msgspec.DecodeError:
-        raise Misconfigured(f"{path} is no secrets file: make one with `voucherd keys create`") from None
+        raise _refused(path, "is no secrets file: make one with `voucherd keys create`") from None
     if held.id_key not in held.id_keys:
-        raise Misconfigured(f"{path}: there is no id key {held.id_key}, which is to be used for new vouchers")
+        raise _refused(path, f"there is no id key {held.id_key}, which is to be used for new vouchers")
     if any(not KEY_BYTES_MIN <= len(key) <= 64 for key in held.id_keys.values()):
-        raise Misconfigured(f"{path}: an id key has {KEY_BYTES_MIN} to 64 bytes")
+        raise _refused(path, f"an id key has {KEY_BYTES_MIN} to 64 bytes")
     if len(held.sealing_key) != _SEALING_BYTES:
-        raise Misconfigured(f"{path}: the sealing key has {_SEALING_BYTES} bytes")
+        raise _refused(path, f"the sealing key has {_SEALING_BYTES} bytes")
     return Keyring(IdKeys(held.id_key, held.id_keys), held.sealing_key)
 
 
 def named(path: str) -> Keyring | None:
     """The key ring in the file that the settings name, None if they name none: such an installation has no Client API
     v3.  Raises Misconfigured."""
-    try:
-        return load(Path(path)) if path else None
-    except Misconfigured as fault:
-        raise Misconfigured(f"VOUCHERD_SECRETS_FILE: {fault}") from None
+    return load(Path(path)) if path else None
+
+
+def _refused(path: Path, problem: str) -> Misconfigured:
+    return refused("secrets_file", str(path), problem)
 
 
 def new() -> str:

@@ -40,33 +40,44 @@ SECRET_BYTES_MAX: Final = 4_096  # of a file with one; more is another file than
 
 # The servers that have a URL, and what it calls the file with the authorities that their certificates are checked by.
 _AUTHORITY_IN_URL: Final = {"redis": "ssl_ca_certs", "store": "sslrootcert"}
+# One of each without a password, which is given apart from it.
+_URL_APART: Final = {
+    "redis": "rediss://voucherd@host:6379/0", "store": "postgresql+asyncpg://voucherd@host:5432/voucherd",
+}  # fmt: skip
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+# What a refusal shows is the default, or else such an example.
+Password = Annotated[str, msgspec.Meta(examples=["password-of-that-user"])]
+Authorities = Annotated[str, msgspec.Meta(examples=["/etc/voucherd/ca.pem"])]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator may set.  Units are in the names; a docstring line per field is in the README."""
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: Annotated[str, msgspec.Meta(examples=["rediss://voucherd:password@host:6379/0"])] = (
+        "redis://127.0.0.1:6379/0"
+    )
     """Redis >= 7.0 or Valkey >= 8, `rediss://` for TLS"""
-    redis_password: str = ""
+    redis_password: Password = ""
     """password that belongs into that URL"""
-    redis_ca_file: str = ""
+    redis_ca_file: Authorities = ""
     """certificates (PEM) of who may sign for Redis, for `rediss://`; without it the system's"""
-    store_url: str = "sqlite+aiosqlite:///var/voucherd.db"
+    store_url: Annotated[str, msgspec.Meta(examples=["postgresql+asyncpg://voucherd:password@host:5432/voucherd"])] = (
+        "sqlite+aiosqlite:///var/voucherd.db"
+    )
     """durable store: `sqlite+aiosqlite:///file` or `postgresql+asyncpg://…`"""
-    store_password: str = ""
+    store_password: Password = ""
     """password that belongs into that URL"""
-    store_ca_file: str = ""
+    store_ca_file: Authorities = ""
     """certificates (PEM) of who may sign for PostgreSQL; with it there is no connection without TLS"""
     host: str = "127.0.0.1"
     """address of the public API"""
     port: Port = 8080
     """port of the public API, 0 picks a free one"""
-    tls_cert_file: str = ""
+    tls_cert_file: Annotated[str, msgspec.Meta(examples=["/etc/voucherd/tls_cert.pem"])] = ""
     """certificate chain (PEM) of the public API, which is HTTPS then; without it a proxy in front has to do that"""
-    tls_key_file: str = ""
+    tls_key_file: Annotated[str, msgspec.Meta(examples=["/etc/voucherd/tls_key.pem"])] = ""
     """private key (PEM, without a passphrase) of that certificate"""
     ops_host: str = "127.0.0.1"
     """address of metrics and health"""
@@ -74,7 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """port of metrics and health, 0 picks a free one"""
     work_ops_port: Port = 0
     """port of the background worker's own metrics and health, at the same address; 0 for none"""
-    secrets_file: str = ""
+    secrets_file: Annotated[str, msgspec.Meta(examples=["/etc/voucherd/secrets.json"])] = ""
     """file with the keys of voucher ids and of sealing, `voucherd keys create` makes it; without it no Client API v3"""
     issuer: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,200}\Z")] = "voucherd"
     """`iss` of access tokens; the same for all processes"""
@@ -108,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`true`: a restarted Redis goes on; promises no replicas, and never to run on a copy (docs/reliability.md)"""
     production: bool = False
     """`true`: do not start on dangerous settings of Redis or the store (docs/operations.md)"""
-    accept: str = ""
+    accept: Annotated[str, msgspec.Meta(examples=["version,replicas"])] = ""
     """checks that need not be passed, by name with commas between them, such as `version,replicas`"""
     log_format: Literal["json", "console"] = "json"
     """log lines: `json`, one object each, or `console`, for people"""
@@ -149,28 +160,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         authorities are in the URLs then, and nowhere else.  Raises Misconfigured."""
         _check_redis_url(self.redis_url)
         if self.redis_timeout_ms >= self.deadline_ms:
-            raise _wrong(
+            raise refused(
                 "redis_timeout_ms", self.redis_timeout_ms,
                 f"must be below {PREFIX}DEADLINE_MS ({self.deadline_ms})", self.deadline_ms // 2,
             )  # fmt: skip
         if 0 < self.outbox_bytes < (needed := ENTRY_BYTES * self.planned_rate * self.store_outage_s):
-            raise _wrong(
+            raise refused(
                 "outbox_bytes", self.outbox_bytes,
                 f"must be 0 or at least {needed:,}: {ENTRY_BYTES:,} for each voucher of "
                 f"{PREFIX}STORE_OUTAGE_S ({self.store_outage_s}) at {PREFIX}PLANNED_RATE ({self.planned_rate})", needed,
             )  # fmt: skip
         if unknown := unknown_names(self.accepted):
-            raise _wrong(
+            raise refused(
                 "accept", self.accept,
-                f"no check is called {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}", "version,replicas",
+                f"no check is called {', '.join(map(repr, unknown))}: they are {', '.join(CHECKS)}",
             )  # fmt: skip
         if self.restart_in_place and (weaker := self.accepted & _NOT_IN_PLACE):
-            raise _wrong(
+            raise refused(
                 "restart_in_place", "true",
                 f"can't be promised where {PREFIX}ACCEPT names {', '.join(sorted(weaker))}", False,
             )  # fmt: skip
         if self.replay_retention_s < 2 * self.store_outage_s:
-            raise _wrong(
+            raise refused(
                 "replay_retention_s", self.replay_retention_s,
                 f"must be at least twice {PREFIX}STORE_OUTAGE_S ({self.store_outage_s}): "
                 "a replay record has to outlive its outbox entry", 2 * self.store_outage_s,
@@ -222,14 +233,16 @@ def _read(environment: Mapping[str, str]) -> dict[str, object]:
         if (held := name.removesuffix("_file")) in SECRETS and held != name:
             name = held
             if _variable(name) in environment:
-                raise Misconfigured(f"{variable} and {_variable(name)} are both set: which of them is meant?")
+                raise Misconfigured(
+                    f"{variable} and {_variable(name)} are both set: keep one of them; {_say(variable)}"
+                )
             text = _secret_in(variable, text)
         if name not in _FIELDS:
-            raise Misconfigured(f"{variable} is not a setting of voucherd{_meant(name)}; the README lists them")
+            raise Misconfigured(f"{variable} is not a setting of voucherd{_meant(name)}")
         try:
             values[name] = msgspec.convert(text, _FIELDS[name].type, strict=False)
         except msgspec.ValidationError as error:
-            raise _wrong(name, text, str(error), _example(name)) from None
+            raise refused(name, text, str(error)) from None
     return values
 
 
@@ -242,26 +255,31 @@ def _meant(name: str) -> str:
     from difflib import get_close_matches  # of no use to who types well
 
     close = get_close_matches(name, [*_FIELDS, *(f"{secret}_file" for secret in SECRETS)], n=1)
-    return f": is {_variable(close[0])} meant?" if close else ""
+    if close:
+        return f": is {_variable(close[0])} meant? The README lists them; {_say(_variable(close[0]))}"
+    return f": the README lists them; {_say(_variable('planned_rate'))}"
 
 
-def _example(name: str) -> object:
-    """A value that would do."""
-    examples = [one for meta in get_args(_FIELDS[name].type) for one in getattr(meta, "examples", None) or ()]
-    return examples[0] if examples else _FIELDS[name].default
+def _say(variable: str, example: object = None) -> str:
+    """The end of a refusal: what would do (None: what usually does)."""
+    name = variable.removeprefix(PREFIX).lower()
+    if example is None and name.removesuffix("_file") in SECRETS and name not in _FIELDS:
+        example = f"/run/secrets/{name.removesuffix('_file')}"
+    elif example is None:
+        named = [one for meta in get_args(_FIELDS[name].type) for one in getattr(meta, "examples", None) or ()]
+        example = named[0] if named else _FIELDS[name].default
+    return f"for example {variable}={str(example).lower() if isinstance(example, bool) else example}"
 
 
-def _wrong(name: str, value: object, problem: str, example: object) -> Misconfigured:
-    """``name`` can't have this ``value``; a secret one is not told."""
+def refused(name: str, value: object, problem: str, example: object = None) -> Misconfigured:
+    """The setting ``name`` can't have this ``value``, which is not told if it is a secret, and one that would do."""
     said = "" if name in SECRETS else f"={value!r}"
-    if isinstance(example, bool):
-        example = str(example).lower()
-    return Misconfigured(f"{_variable(name)}{said}: {problem}; for example {_variable(name)}={example}")
+    return Misconfigured(f"{_variable(name)}{said}: {problem}; {_say(_variable(name), example)}")
 
 
 def _secret_in(variable: str, path: str) -> str:
     """The secret in the file at ``path``, without the end of its line.  Raises Misconfigured."""
-    example = f"for example {variable}=/run/secrets/{variable.removeprefix(PREFIX).removesuffix('_FILE').lower()}"
+    example = _say(variable)
     try:
         with Path(path).open("rb") as file:
             held = file.read(SECRET_BYTES_MAX + 1)
@@ -291,7 +309,7 @@ def _check_redis_url(url: str) -> None:
     except ValueError:
         fits = False
     if not fits:
-        raise _wrong("redis_url", url, f"is no URL of a Redis ({_ENCODED})", "rediss://voucherd:password@host:6379/0")
+        raise refused("redis_url", url, f"is no URL of a Redis ({_ENCODED})")
 
 
 def _whole_url(server: str, url: str, password: str, authority: str) -> str:
@@ -303,21 +321,22 @@ def _whole_url(server: str, url: str, password: str, authority: str) -> str:
         reached = bool(parts.hostname)
     except ValueError:
         reached = False
-    of = f"{_variable(server)}_URL"
+    of = _variable(f"{server}_url")
+    apart = _say(of, _URL_APART[server])
     if not reached:
         name = f"{server}_password" if password else f"{server}_ca_file"
-        raise Misconfigured(f"{_variable(name)} is set, and {of} names no server that it could be for")
+        raise Misconfigured(f"{_variable(name)} is set, and {of} names no server that it could be for; {apart}")
     if password:
         who, _, where = parts.netloc.rpartition("@")
         if parts.password is not None:
-            raise Misconfigured(f"{_variable(server)}_PASSWORD is set, and {of} has a password too: keep one of them")
+            raise Misconfigured(
+                f"{_variable(f'{server}_password')} is set, and {of} has a password too: keep one of them; {apart}"
+            )
         parts = parts._replace(netloc=f"{who}:{quote(password, safe='')}@{where}")
     if authority:
         name = f"{server}_ca_file"
         if parts.scheme == "redis":
-            raise Misconfigured(
-                f"{_variable(name)} is set, and {of} asks for no TLS; for example {of}=rediss://voucherd@host:6379/0"
-            )
+            raise Misconfigured(f"{_variable(name)} is set, and {of} asks for no TLS; {apart}")
         _check_authority(name, authority)
         query = f"{_AUTHORITY_IN_URL[server]}={quote(authority)}"
         parts = parts._replace(query=f"{parts.query}&{query}" if parts.query else query)
@@ -331,9 +350,9 @@ def _check_authority(name: str, path: str) -> None:
     try:
         ssl.create_default_context(cafile=path)
     except ssl.SSLError:
-        raise _wrong(name, path, "holds no certificate in PEM", "/etc/voucherd/ca.pem") from None
+        raise refused(name, path, "holds no certificate in PEM") from None
     except OSError as error:
-        raise _wrong(name, path, f"can't be read: {error.strerror}", "/etc/voucherd/ca.pem") from None
+        raise refused(name, path, f"can't be read: {error.strerror}") from None
 
 
 def _check_certificate(certificate: str, key: str) -> None:
@@ -341,19 +360,18 @@ def _check_certificate(certificate: str, key: str) -> None:
     if not certificate and not key:
         return
     for name, path in (("tls_cert_file", certificate), ("tls_key_file", key)):
-        example = f"/etc/voucherd/{name.removesuffix('_file')}.pem"
         if not path:
-            raise _wrong(name, path, "a certificate and its key are needed, or neither", example)
+            raise refused(name, path, "a certificate and its key are needed, or neither")
         try:
             Path(path).read_bytes()
         except OSError as error:
-            raise _wrong(name, path, f"can't be read: {error.strerror}", example) from None
+            raise refused(name, path, f"can't be read: {error.strerror}") from None
     try:
         # Without a word for the passphrase OpenSSL would ask whoever started this process.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "-")
     except ssl.SSLError as error:
         what = f"is not the key of {_variable('tls_cert_file')}, or one of them is no PEM ({error.reason})"
-        raise _wrong("tls_key_file", key, what, "/etc/voucherd/tls_key.pem") from None
+        raise refused("tls_key_file", key, what) from None
 
 
 _WRITTEN = ("redis_url", "store_url", "planned_rate", "secrets_file")

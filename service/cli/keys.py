@@ -16,7 +16,7 @@ from service.cli.connections import Connected, connected, put_in_force
 from service.cli.console import instant, print_json, print_table, say
 from service.errors import Misconfigured
 from service.keyring import Keyring
-from service.settings import TOKEN_LIFETIME_S_MAX
+from service.settings import TOKEN_LIFETIME_S_MAX, refused
 from service.store import clients
 from service.store.clients import KnownKey
 
@@ -129,7 +129,7 @@ def list_(as_json: options.AsJson = False, data_dir: options.DataDir = None) -> 
 def _secrets(here: Connected) -> Keyring:
     found = keyring.named(here.settings.secrets_file)
     if found is None:
-        raise Misconfigured(
-            "VOUCHERD_SECRETS_FILE names no secrets file: make one with `voucherd keys create FILE`, once"
+        raise refused(
+            "secrets_file", "", "there is no Client API v3 without it: make one with `voucherd keys create FILE`, once"
         )
     return found

@@ -31,7 +31,7 @@ def work(data_dir: options.DataDir = None) -> None:
             return
         from service.web import ops  # a web server, which a worker beside `serve` does without
 
-        with ops.listening(settings.ops_host, settings.work_ops_port, "VOUCHERD_WORK_OPS_PORT") as listener:
+        with ops.listening(settings, "ops_host", "work_ops_port") as listener:
             async with ops.serving_ops(ops.ops(of_this_process), listener, settings):
                 await work_until(settings, stop)
 

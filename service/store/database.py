@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.util import await_only
 
 from service.errors import Misconfigured, StoreUnreachable
+from service.settings import refused
 from service.store.schema import REVISIONS
 
 SQLITE: Final = "sqlite+aiosqlite"
@@ -105,15 +106,15 @@ class Database:
         """
         try:
             parsed = make_url(url)
-        except ArgumentError:
-            raise Misconfigured(f"{_URL} can't be read: it has to look like {_EXAMPLES}") from None
+        except (ArgumentError, ValueError):  # a port that is no number is the latter
+            raise refused("store_url", url, f"is no URL of a store ({_FORMS})") from None
         if parsed.drivername not in (SQLITE, POSTGRESQL):
-            raise Misconfigured(f"{_URL} begins with {parsed.drivername!r}: it has to look like {_EXAMPLES}")
+            raise refused("store_url", url, f"begins with {parsed.drivername!r} ({_FORMS})")
         if parsed.drivername == SQLITE and parsed.database in (None, "", ":memory:"):
-            raise Misconfigured(
-                f"{_URL} names no file, and a store in memory would forget what was issued: "
-                f"it has to look like {SQLITE}:///var/voucherd.db"
-            )
+            raise refused(
+                "store_url", url, "names no file, and a store in memory would forget what was issued",
+                f"{SQLITE}:///var/voucherd.db",
+            )  # fmt: skip
         return cls(parsed, statement_s)
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
@@ -224,8 +225,7 @@ async def _copy(
         raise fault from error
 
 
-_URL: Final = "VOUCHERD_STORE_URL"
-_EXAMPLES: Final = f"{SQLITE}:///var/voucherd.db or {POSTGRESQL}://user:password@host/database"
+_FORMS: Final = f"it has to be {SQLITE}:///FILE or {POSTGRESQL}://USER:PASSWORD@HOST:PORT/DATABASE"
 
 
 def _engine(url: URL, statement_s: float, opened: WeakSet[aiosqlite.Connection]) -> AsyncEngine:
@@ -266,7 +266,10 @@ def _verified(url: URL) -> tuple[URL, dict[str, ssl.SSLContext]]:
     try:
         context = ssl.create_default_context(cafile=str(authority))
     except OSError as error:
-        raise Misconfigured(f"{_URL}: sslrootcert={authority} is no file of certificates: {error.strerror}") from None
+        raise refused(
+            "store_url", url, f"sslrootcert={authority} is no file of certificates: {error.strerror}",
+            f"{POSTGRESQL}://voucherd:password@host:5432/voucherd?sslrootcert=/etc/voucherd/ca.pem",
+        ) from None  # fmt: skip
     return url.difference_update_query(["sslrootcert"]), {"ssl": context}
 
 
@@ -371,7 +374,7 @@ def _fault(error: BaseException, *, lost: bool) -> StoreUnreachable | Misconfigu
     state = str(getattr(error, "sqlstate", None) or "")
     name = str(getattr(error, "sqlite_errorname", None) or "")
     if state.startswith(_MISCONFIGURED_STATES):
-        return Misconfigured(f"the store refuses the user or database of its URL (SQLSTATE {state})")
+        return refused("store_url", "", f"the server refuses its user, password or database (SQLSTATE {state})")
     if state.startswith(_UNREACHABLE_STATES):
         return StoreUnreachable(f"the store gave up (SQLSTATE {state})")
     if name.startswith(_UNREACHABLE_SQLITE):

@@ -24,14 +24,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from service.errors import Misconfigured
-from service.settings import Settings
+from service.settings import Settings, refused
 from service.web.defects import problems_only
 from service.web.protocol import bounded
 from service.web.serving import BACKLOG, Server
 
 OPS_CONNECTIONS_MAX: Final = 64  # a scraper, a probe, an operator
 OPS_SHUTDOWN_S: Final = 1  # seconds for a scrape under way
+PRIVILEGED_PORTS: Final = 1_024  # those below it are root's
 
 
 class Readiness(msgspec.Struct):
@@ -65,17 +65,23 @@ def ops(exposition: Callable[[], bytes], readiness: Callable[[], Readiness] | No
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int, variable: str) -> Iterator[socket.socket]:
-    """A socket that takes connections.  Raises Misconfigured, naming the variable and the port."""
+def listening(settings: Settings, host_setting: str, port_setting: str) -> Iterator[socket.socket]:
+    """A socket that takes connections, where these two settings say.  Raises Misconfigured, naming the one that has to
+    be another."""
+    host, port = getattr(settings, host_setting), getattr(settings, port_setting)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            reason = f"port {port} of {host} is in use: stop what uses it or choose another, 0 picks a free one"
-        else:
-            reason = f"can't listen on port {port} of {host}: {error.strerror}"
-        raise Misconfigured(f"{variable}={port}: {reason}") from None
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            used = error.errno == errno.EADDRINUSE
+            reason = "is in use: stop what uses it or choose another" if used else "may not be opened by this user"
+            other = port - 1 if port > PRIVILEGED_PORTS else port + 8_000
+            raise refused(port_setting, port, f"port {port} of {host} {reason}", other) from None
+        why = str(error.strerror).partition(" (while ")[0]  # the rest tells the address again
+        raise refused(host_setting, host, f"this machine can't listen there: {why}") from None
+    except UnicodeError:
+        raise refused(host_setting, host, "is no name of a machine") from None
     with listener:
         yield listener
 

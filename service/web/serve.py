@@ -84,8 +84,8 @@ async def serve(
         if vetting.done():
             vetting.result()
         with (
-            listening(settings.host, settings.port, "VOUCHERD_PORT") as public,
-            listening(settings.ops_host, settings.ops_port, "VOUCHERD_OPS_PORT") as ops_socket,
+            listening(settings, "host", "port") as public,
+            listening(settings, "ops_host", "ops_port") as ops_socket,
             _metrics_directory() as directory,
         ):
             supervisor = Supervisor(settings, public, directory, command)

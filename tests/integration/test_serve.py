@@ -154,6 +154,15 @@ def test_port_in_use_is_named(start: Callable[..., Served]) -> None:
             assert served.process.wait(PATIENCE_S) == 2
 
 
+def test_an_address_of_another_machine_is_named_and_not_the_port(start: Callable[..., Served]) -> None:
+    for name in ("host", "ops_host"):
+        variable = f"VOUCHERD_{name.upper()}"
+        served = start(f"{name}=192.0.2.1")
+        assert served.said.startswith(f"misconfigured: {variable}='192.0.2.1': this machine can't listen there: ")
+        assert served.said.strip().endswith(f"; for example {variable}=127.0.0.1")
+        assert served.process.wait(PATIENCE_S) == 2
+
+
 def test_settings_that_no_process_can_use_end_it_with_the_reason(start: Callable[..., Served]) -> None:
     served = start("redis_url=bad", "workers=2")
     assert served.process.wait(PATIENCE_S) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import socket
 from pathlib import Path
 
 import msgspec
@@ -10,9 +12,12 @@ import pytest
 from redis.asyncio.connection import parse_url
 from sqlalchemy.engine import make_url
 
+from service import keyring
 from service.checks import CHECKS
 from service.errors import Misconfigured
 from service.settings import PREFIX, SECRET_BYTES_MAX, SECRETS, Settings, in_data_dir, load
+from service.store.database import Database
+from service.web.ops import listening
 from tests.tls import Authority
 
 # field -> (least, most)
@@ -103,21 +108,82 @@ def test_a_misspelt_variable_is_told_what_was_meant(typed: str, meant: str) -> N
         load({typed: "2"})
 
 
-def test_every_refusal_names_the_variable_the_problem_and_a_value_that_would_do() -> None:
-    wrong = {
-        "workers": "many", "port": "tcp://10.0.0.1:8080", "production": "perhaps", "issuer": "a b", "scope_prefix": "a",
-        "accept": "fsnyc", "redis_timeout_ms": "2000", "outbox_bytes": "1", "replay_retention_s": "100",
-        "redis_url": "http://elsewhere", "tls_cert_file": "/nowhere.pem",
-    }  # fmt: skip
-    for name, value in wrong.items():
-        variable = f"{PREFIX}{name.upper()}"
-        with pytest.raises(Misconfigured) as refused:
-            load({variable: value})
-        said = re.fullmatch(r"(VOUCHERD_\w+)(?:=.*?)?: (.+); for example \1=(.*)", str(refused.value))
-        assert said is not None, refused.value
-        assert variable in said[0]
-        if name != "tls_cert_file":  # there is none at the example's place
-            load({variable: said[3]})
+KNOWN = {f"{PREFIX}{field.name.upper()}" for field in msgspec.structs.fields(Settings)}
+# field -> what is refused because of it: its own text, or that of several
+WRONG = {
+    "redis_url": "http://elsewhere", "redis_password": {"redis_url": "redis://:a@h", "redis_password": "b"},
+    "redis_ca_file": {"redis_url": "rediss://h", "redis_ca_file": "/nowhere.pem"},
+    "store_url": "mysql://h/d", "store_password": "b",
+    "store_ca_file": {"store_url": "postgresql+asyncpg://h/d", "store_ca_file": "/nowhere.pem"},
+    "host": "192.0.2.1", "port": "tcp://10.0.0.1:8080", "tls_cert_file": "/nowhere.pem", "tls_key_file": "/nowhere.pem",
+    "ops_host": "192.0.2.1", "ops_port": "65536", "work_ops_port": "-1", "secrets_file": "/nowhere.json",
+    "issuer": "a b", "token_lifetime_s": "1", "scope_prefix": "a", "workers": "many", "planned_rate": "0",
+    "store_outage_s": "0", "outbox_bytes": "1", "replay_retention_s": "100", "queue_max": "1", "deadline_ms": "1",
+    "redis_timeout_ms": "2000", "receive_timeout_ms": "1", "drain_s": "0",
+    "restart_in_place": {"restart_in_place": "true", "accept": "replicas"}, "production": "perhaps", "accept": "fsnyc",
+    "log_format": "xml", "log_level": "loud", "otel": "perhaps",
+}  # fmt: skip
+# Refusals besides.
+WRONG_TOO = (
+    {"VOUCHERD_WORKRES": "2"}, {"VOUCHERD_NOTHING_LIKE_IT": "2"}, {"VOUCHERD_REDIS_PASWORD_FILE": "/run/secrets/x"},
+    {"VOUCHERD_REDIS_URL": "redis://h", "VOUCHERD_REDIS_URL_FILE": "/run/secrets/x"},
+    {"VOUCHERD_STORE_PASSWORD_FILE": "/nowhere"}, {"VOUCHERD_REDIS_URL": "redis://h", "VOUCHERD_REDIS_CA_FILE": "/x"},
+    {"VOUCHERD_STORE_URL": "nonsense"}, {"VOUCHERD_STORE_URL": "postgresql+asyncpg://u:p@h:port/d"},
+    {"VOUCHERD_STORE_URL": "sqlite+aiosqlite://"}, {"VOUCHERD_STORE_URL": "postgresql+asyncpg://h/d?sslrootcert=/x"},
+    {"VOUCHERD_SECRETS_FILE": __file__},
+)  # fmt: skip
+
+
+def begin(given: dict[str, str]) -> None:
+    """What a process makes of its settings before it speaks to anybody."""
+    settings = load({"VOUCHERD_PORT": "0", "VOUCHERD_OPS_PORT": "0", **given})
+    Database.connect(settings.store_url)
+    keyring.named(settings.secrets_file)
+    with listening(settings, "host", "port"), listening(settings, "ops_host", "ops_port"):
+        pass
+
+
+def test_every_setting_is_among_those_that_are_tried() -> None:
+    assert list(WRONG) == [field.name for field in msgspec.structs.fields(Settings)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [environment(**(wrong if isinstance(wrong, dict) else {name: wrong})) for name, wrong in WRONG.items()]
+    + list(WRONG_TOO),
+    ids=lambda given: ",".join(given),
+)
+def test_every_refusal_names_the_variable_the_problem_and_a_value_that_would_do(given: dict[str, str]) -> None:
+    with pytest.raises(Misconfigured) as refused:
+        begin(given)
+    said = re.fullmatch(r"(VOUCHERD_\w+)\b.* .*; for example (VOUCHERD_\w+)=(.+)", str(refused.value))
+    assert said is not None, refused.value
+    _, named, example = said.groups()
+    assert said[1] in given or said[1] == "VOUCHERD_TLS_CERT_FILE"  # it is what the key lacks
+    corrected = {**given, named: example} if said[1] in KNOWN else {named: example}
+    if not re.search(r"/x|/run/|/etc/", str(corrected)):  # files that are not there
+        Database.connect(load(corrected).store_url)
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.EADDRINUSE, "Address in use"), "VOUCHERD_OPS_PORT=8081: port 8081 of 127.0.0.1 is in use"),
+        (OSError(errno.EACCES, "Permission denied"), "VOUCHERD_OPS_PORT=8081: port 8081 of 127.0.0.1 may not be"),
+        (OSError(errno.EADDRNOTAVAIL, "Not available"), "VOUCHERD_OPS_HOST='127.0.0.1': this machine can't listen"),
+        (socket.gaierror(socket.EAI_NONAME, "Not known"), "VOUCHERD_OPS_HOST='127.0.0.1': this machine can't listen"),
+        (UnicodeError("label too long"), "VOUCHERD_OPS_HOST='127.0.0.1': is no name of a machine"),
+    ],
+)
+def test_a_port_is_named_only_if_another_one_would_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, named: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("socket.create_server", fail)
+    with pytest.raises(Misconfigured, match=re.escape(named)), listening(Settings(), "ops_host", "ops_port"):
+        pass
 
 
 def test_what_others_set_is_not_our_business() -> None:
