@@ -106,7 +106,7 @@ class Run:
                 elif 0 < elapsed < self._plan.seconds and time.monotonic() > since:
                     took_us = (time.monotonic() - since) * 1e6
                     self.cores = {name: (spent[name] - before[name]) / took_us for name in before}
-            if self._scenario.rotates and elapsed > self._plan.seconds / 2 and rotation is None:
+            if self._scenario.rotates and rotation is None and elapsed > self._scenario.rotation(self._plan.seconds):
                 rotation = aside.submit(self._rotate)
             time.sleep(LOOK_S)
         if rotation is not None:

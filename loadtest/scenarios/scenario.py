@@ -81,7 +81,7 @@ class Bound(msgspec.Struct, frozen=True):
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """``stock``: codes put into the partner's pool, over the vouchers that all sales ask for.  ``limits``: vouchers a
-    second that a seller may be issued.  ``rotates``: in the middle of it the partner's token is replaced.
+    second that a seller may be issued.  ``rotates``: in the middle of its peak the partner's token is replaced.
     ``by_metrics``: its objective is about what the service says of itself, too."""
 
     name: str
@@ -117,6 +117,12 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     def ends(self, seconds: float) -> list[float]:
         """When each stage ends, if all of them take so many seconds."""
         return list(accumulate(stage.seconds * seconds / self.seconds for stage in self.stages))
+
+    def rotation(self, seconds: float) -> float:
+        """Seconds after which the partner's token is replaced: the middle of the stage with the most users."""
+        ends = self.ends(seconds)
+        peak = max(range(len(ends)), key=lambda number: self.stages[number].users)
+        return ((ends[peak - 1] if peak else 0.0) + ends[peak]) / 2
 
     def uses(self, api: str) -> bool:
         return any(part.api == api for part in self.parts)
@@ -288,10 +294,10 @@ _SCENARIOS: Final = (
             Part(name="prompt", share=2, rate=4),
             Part(name="late", share=1, rate=4, late=True),
         ),
-        stages=(Stage(40, 75),),
+        stages=(Stage(10, 25), Stage(20, 75), Stage(10, 25)),
         rotates=True,
         objective=(
-            _rate("vouchers a second", Outcome.vouchers_a_second, 270),
+            _rate("vouchers a second in the peak", lambda seen: seen.stage(1).vouchers_a_second(), 270),
             Bound("sales that got their voucher, %", Outcome.sold, least=100),
             Bound(
                 "attempts of prompt users refused for their token",

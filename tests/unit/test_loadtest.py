@@ -176,6 +176,15 @@ def test_a_token_alone_is_not_taken_for_what_needs_more(
     assert "--token needs --url" in capsys.readouterr().err
 
 
+def test_a_token_is_rotated_in_the_middle_of_a_peak_that_has_two_sides() -> None:
+    (scenario,) = (one for one in SCENARIOS.values() if one.rotates)
+    before, peak, after = scenario.stages
+    assert peak.users > max(before.users, after.users)
+    for seconds in (scenario.seconds, 8.0):
+        begins, ends, _ = scenario.ends(seconds)
+        assert scenario.rotation(seconds) == pytest.approx((begins + ends) / 2)
+
+
 def test_the_guide_lists_every_scenario_with_its_load_and_its_objective() -> None:
     listed = rows((ROOT / "docs" / "loadtest.md").read_text(), "scenario")
     assert listed == [
