@@ -13,6 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -55,7 +56,7 @@ def main() -> int:
         console.print(f"{scenario.name} needs more than a token: leave --token away, and it makes what it needs")
         return 2
     if options.url and scenario.by_metrics and not options.ops_url:
-        console.print(f"{scenario.name} is judged by the service's metrics too: say --ops-url")
+        console.print(f"{scenario.name} is judged by the service's metrics too: say --ops-url of serve and of work")
         return 2
     with tempfile.TemporaryDirectory(prefix="voucherd-loadtest-") as name, ExitStack() as stack:
         report, picture, locust = _run(scenario, Path(name), stack, options, console)
@@ -72,15 +73,29 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    given = os.environ.get
+    parser = parser_of(os.environ)
+    options = parser.parse_args()
+    # A default of the parser would be one of them, whatever else is said.
+    options.ops_url = [url.rstrip("/") for url in options.ops_url or os.environ.get("LOADTEST_OPS_URL", "").split()]
+    if options.token and not (options.url and options.distributor and options.product):
+        parser.error("--token needs --url, --distributor and --product")
+    if options.workers and options.await_workers:
+        parser.error("say either --workers or --await-workers")
+    return options
+
+
+def parser_of(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Of what may be typed after ``make loadtest``; some of it may be in the environment instead."""
+    given = environment.get
     parser = argparse.ArgumentParser(prog="make loadtest", description=__doc__.splitlines()[0])
     parser.add_argument("scenario", nargs="?", choices=SCENARIOS, metavar="SCENARIO", help="without it: list them")
     parser.add_argument(
         "--url", default=given("LOADTEST_URL", ""), help="a service that runs; without it one is started"
     )
     parser.add_argument(
-        "--ops-url", default=given("LOADTEST_OPS_URL", ""), help="where its metrics are, for the picture"
-    )
+        "--ops-url", action="append", metavar="URL",
+        help="where its metrics are: once for serve and once for work, where they are not at one port",
+    )  # fmt: skip
     parser.add_argument("--data-dir", type=Path, help="data of that `voucherd up`; else the VOUCHERD_… settings say")
     parser.add_argument("--voucherd", default=given("LOADTEST_VOUCHERD", ""), metavar="COMMAND",
                         help="how its commands are typed, such as 'docker compose exec -T work voucherd'")  # fmt: skip
@@ -97,12 +112,7 @@ def _options() -> argparse.Namespace:
                         help="be the master of so many workers, which are started elsewhere")  # fmt: skip
     parser.add_argument("--bind", default=LOOPBACK, metavar="ADDRESS", help="where they find it (default: loopback)")
     parser.add_argument("--report", type=Path, default=REPORTS, metavar="FOLDER", help=f"default: {REPORTS}")
-    options = parser.parse_args()
-    if options.token and not (options.url and options.distributor and options.product):
-        parser.error("--token needs --url, --distributor and --product")
-    if options.workers and options.await_workers:
-        parser.error("say either --workers or --await-workers")
-    return options
+    return parser
 
 
 def _list() -> None:
@@ -123,7 +133,7 @@ def _run(
     seconds = options.seconds or scenario.seconds
     voucherd = shlex.split(options.voucherd)
     if options.url:
-        place = places.running(options.url.rstrip("/"), options.ops_url.rstrip("/"), options.data_dir, voucherd)
+        place = places.running(options.url.rstrip("/"), options.ops_url, options.data_dir, voucherd)
     else:
         say("starting a service")
         place = stack.enter_context(places.own(folder, math.ceil(scenario.peak), voucherd))
@@ -134,7 +144,7 @@ def _run(
         sellers, stocked = places.furnish(place, scenario, seconds, options.codes)
     began = time.time()
     plan = Plan(scenario.name, seconds, place.url, str(folder / "record"), sellers)
-    watch = Watch(Path(plan.record), place.ops_url, list(stocked or ()), say)
+    watch = Watch(Path(plan.record), place.ops_urls, list(stocked or ()), say)
     run = Run(
         scenario, plan, place, watch, folder,
         workers=options.workers, await_workers=options.await_workers, bind=options.bind,

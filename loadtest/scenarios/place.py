@@ -30,11 +30,11 @@ OUTAGE_S: Final = 10
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A service at ``url``; its metrics are at ``ops_url`` ('': nowhere).  ``voucherd`` and ``where``: how its commands
-    are typed, before and after what they are.  ``groups``: its processes, if it is the test's own."""
+    """A service at ``url``; its metrics are at ``ops_urls`` (none: nowhere).  ``voucherd`` and ``where``: how its
+    commands are typed, before and after what they are.  ``groups``: its processes, if it is the test's own."""
 
     url: str
-    ops_url: str
+    ops_urls: list[str]
     voucherd: list[str]
     where: list[str]
     environment: dict[str, str]
@@ -69,15 +69,15 @@ def own(folder: Path, rate: int, voucherd: Sequence[str] = ()) -> Iterator[Place
     }  # fmt: skip
     with contenders.started(data, environment) as (pid, demo):
         yield Place(
-            demo["base_url"], demo["ops_url"], [*(voucherd or module("service.cli.main"))], ["--data-dir", str(data)],
+            demo["base_url"], [demo["ops_url"]], [*(voucherd or module("service.cli.main"))], ["--data-dir", str(data)],
             environment, contenders.groups(pid),
         )  # fmt: skip
 
 
-def running(url: str, ops_url: str, data_dir: Path | None, voucherd: Sequence[str] = ()) -> Place:
+def running(url: str, ops_urls: Sequence[str], data_dir: Path | None, voucherd: Sequence[str] = ()) -> Place:
     """A service that runs; without ``data_dir`` the VOUCHERD_… settings say where its Redis and its store are."""
     where = [] if data_dir is None else ["--data-dir", str(data_dir)]
-    return Place(url, ops_url, [*(voucherd or module("service.cli.main"))], where, dict(os.environ))
+    return Place(url, [*ops_urls], [*(voucherd or module("service.cli.main"))], where, dict(os.environ))
 
 
 # --- before --------------------------------------------------------------------------------------------------------

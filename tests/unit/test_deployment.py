@@ -148,6 +148,21 @@ def test_one_port_is_the_same_in_every_file() -> None:
     assert f"127.0.0.1:{work_ops}/healthz" in SERVICES["work"]["healthcheck"]["test"][-1]
 
 
+def test_ops_ports_are_published_for_a_load_test_on_loopback() -> None:
+    public = yaml.safe_load((DEPLOY / "compose.ops.yaml").read_text())["services"]
+    compose_spec.PyCompose.from_json(
+        json.dumps({"services": {name: {"image": IMAGE, **public[name]} for name in public}})
+    )
+    ports = {"serve": Settings().ops_port, "work": int(SETTINGS_MAP["VOUCHERD_WORK_OPS_PORT"])}
+    assert {name: one["ports"] for name, one in public.items()} == {
+        name: [f"127.0.0.1:{port}:{port}"] for name, port in ports.items()
+    }
+    for name, one in public.items():
+        assert "outside" in {*SERVICES[name]["networks"], *one.get("networks", ())}, (
+            "an internal network publishes none"
+        )
+
+
 def test_ops_ports_are_for_prometheus_alone() -> None:
     policies = _kind("NetworkPolicy")
     ops = {Settings().ops_port, int(SETTINGS_MAP["VOUCHERD_WORK_OPS_PORT"])}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from loadtest.scenarios import __main__ as running
-from loadtest.scenarios.outcome import Facts, Issued, Outcome, violations
+from loadtest.scenarios.outcome import Facts, Issued, Outcome, Sample, violations
 from loadtest.scenarios.record import Attempt, Reader, encode
 from loadtest.scenarios.report import Judged, Report, page
 from loadtest.scenarios.scenario import SCENARIOS, Bound
+from loadtest.scenarios.watch import Watch, sample
+from loadtest.servers import free_port
 from service.web.v3_errors import error_body
 from tests.unit.test_documents import ROOT, rows
 
@@ -174,6 +180,67 @@ def test_a_token_alone_is_not_taken_for_what_needs_more(
     with pytest.raises(SystemExit):
         running.main()
     assert "--token needs --url" in capsys.readouterr().err
+
+
+SERVE = """\
+# TYPE voucherd_process_resident_bytes gauge
+voucherd_process_resident_bytes{process="1"} 9e+07
+voucherd_process_resident_bytes{process="2"} 8e+07
+"""
+WORK = """\
+# TYPE voucherd_stock_codes gauge
+voucherd_stock_codes{{pool="LT-1"}} {stock}
+voucherd_stock_codes{{pool="ANOTHER"}} 5000
+# TYPE voucherd_window_codes gauge
+voucherd_window_codes{{pool="LT-1"}} 20
+# TYPE voucherd_outbox_codes gauge
+voucherd_outbox_codes{{partition="0"}} {outbox}
+"""
+
+
+def test_what_serve_and_what_work_say_of_themselves_is_one_sample() -> None:
+    assert sample(1.0, [SERVE, WORK.format(stock=100, outbox=7)], {"LT-1"}) == Sample(1.0, 120.0, 7.0, 90.0)
+    # Two workers tell of the same stock, one of them a moment later: it is not twice as much.
+    twice = sample(1.0, [SERVE, WORK.format(stock=100, outbox=7), WORK.format(stock=90, outbox=9)], {"LT-1"})
+    assert (twice.left, twice.outbox) == (110.0, 9.0)
+    alone = sample(1.0, [SERVE], {"LT-1"})
+    assert math.isnan(alone.left) and math.isnan(alone.outbox) and alone.serve_mb == 90.0
+
+
+def test_a_port_that_does_not_answer_keeps_no_other_from_being_read(tmp_path: Path) -> None:
+    with metrics_of(SERVE) as serve, metrics_of(WORK.format(stock=100, outbox=7)) as work:
+        watch = Watch(tmp_path / "record", [serve, f"http://127.0.0.1:{free_port()}", work], ["LT-1"], print)
+        watch._sample()
+    assert [(one.left, one.outbox, one.serve_mb) for one in watch.samples] == [(120.0, 7.0, 90.0)]
+    watch._sample()
+    assert len(watch.samples) == 1, "nobody answers any more"
+
+
+@contextlib.contextmanager
+def metrics_of(text: str) -> Iterator[str]:
+    """The URL of a process that says this of itself."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/metrics" else 404)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_metrics_are_read_wherever_it_is_said(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    urls = ["http://127.0.0.1:8081", "http://127.0.0.1:8082"]
+    given = [word for url in urls for word in ("--ops-url", f"{url}/")] if by == "option" else []
+    monkeypatch.setattr("sys.argv", ["loadtest", "soak", "--url", "http://127.0.0.1:8080", *given])
+    monkeypatch.setenv("LOADTEST_OPS_URL", " ".join(urls) if by == "environment" else "http://elsewhere")
+    assert running._options().ops_url == urls
 
 
 def test_a_token_is_rotated_in_the_middle_of_a_peak_that_has_two_sides() -> None:
