@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import pytest
 from typer.main import get_command
 
 from deploy.grafana import dashboard
+from loadtest.scenarios.__main__ import parser_of
 from service import checks, metrics, settings
 from service.cli.main import app
 from service.web import postman
@@ -22,6 +24,8 @@ from service.web.v3_errors import REFUSALS
 
 ROOT = Path(__file__).parents[2]
 README_LINES_MAX = 200
+DOCUMENTS = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+TYPES_NOTHING = ("docs/errors.md",)
 
 
 def rows(text: str, first_column: str) -> list[list[str]]:
@@ -58,24 +62,45 @@ def test_the_readme_keeps_to_its_length() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES_MAX
 
 
-def test_the_readme_names_no_command_option_or_make_target_that_does_not_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+def typed(text: str) -> list[str]:
+    """What its blocks of shell say to type, a command a line, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_command_option_or_make_target_is_named_that_does_not_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    lines = "\n".join(typed(text))
+    words = re.findall(r"`voucherd ([^`]*)`", text)
+    words += re.findall(r"(?:^|^\.venv/bin/|-- )voucherd ([^|<>&'\n]*)", lines, re.MULTILINE)
+    words += re.findall(r"run --rm(?: -T)? work ([^`|<>&'\n]*)", text)
+    for one in words:
+        assert_is_a_command(one)
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make ([\w-]+)`", text):
+    targets = re.findall(r"`make ([a-z][\w-]*)", text) + re.findall(r"\bmake ([a-z][\w-]*)", lines)
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            for words in re.findall(r"^(?:\.venv/bin/)?voucherd ([^#|]*)", line):
-                assert_is_a_command(words)
+    assert words or targets or name in TYPES_NOTHING
 
 
-@pytest.mark.parametrize("name", ["runbook.md", "logs.md"])
-def test_no_command_is_named_that_does_not_exist(name: str) -> None:
-    text = (ROOT / "docs" / name).read_text()
-    typed = re.findall(r"`voucherd ([^`]*)`", text) + re.findall(r"^voucherd ([^#]*)", text, re.MULTILINE)
-    assert len(typed) > 5
-    for words in typed:
-        assert_is_a_command(words)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_load_test_that_is_named_can_be_asked_for(name: str) -> None:
+    text = (ROOT / name).read_text()
+    inline = [words.replace("\n", " ") for words in re.findall(r"`(make loadtest[^`]*)`", text)]
+    parser = parser_of({})
+    for line in (line for line in [*typed(text), *inline] if "loadtest" in line):
+        words = shlex.split(line)
+        if "loadtest" in words and "make" in words:
+            given = dict(word.split("=", 1) for word in words[words.index("loadtest") + 1 :])
+            arguments = [*filter(None, [given.get("SCENARIO")]), *shlex.split(given.get("ARGS", ""))]
+        elif words[:3] == ["python", "-m", "loadtest.scenarios"]:
+            arguments = words[3:]
+        else:
+            continue
+        if arguments != ["…"]:
+            parser.parse_args(arguments)
 
 
 def assert_is_a_command(words: str) -> None:
@@ -87,7 +112,8 @@ def assert_is_a_command(words: str) -> None:
             _, command, _ = command.resolve_command(context, [word])
             assert command is not None, f"voucherd {words}: {word}"
         elif word.startswith("--"):
-            assert any(word in option.opts for option in command.params), f"voucherd {words}: {word}"
+            known = word == "--help" or any(word in option.opts for option in command.params)
+            assert known, f"voucherd {words}: {word}"
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
