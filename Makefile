@@ -92,8 +92,11 @@ rolling: install ## every process restarted under load, ten rounds (ARGS='--upgr
 
 secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, made once
 	@mkdir -p -m 700 $(SECRETS)
-	@for name in redis_voucherd_password redis_operator_password store_password grafana_password; do \
-		test -s $(SECRETS)/$$name || $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $(SECRETS)/$$name; \
+	@# One that is empty is of a run that was cut off; it may be closed to its owner, so another takes its place.
+	@set -e; for name in redis_voucherd_password redis_operator_password store_password grafana_password; do \
+		if test -s $(SECRETS)/$$name; then continue; fi; \
+		rm -f $(SECRETS)/$$name; \
+		$(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $(SECRETS)/$$name; \
 	done
 	@test -s $(SECRETS)/voucherd_secrets || { rm -f $(SECRETS)/voucherd_secrets; \
 		$(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets; }

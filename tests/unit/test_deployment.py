@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import dockerfile
 import pytest
 import yaml
 
-from service import __version__
+from service import __version__, keyring
 from service.errors import Misconfigured
 from service.settings import PREFIX, SECRETS, Settings, load
 from service.vetting import COMMANDS
@@ -294,12 +296,34 @@ def test_what_is_copied_or_mounted_is_there() -> None:
         assert f"/etc/prometheus/{rules}" in mounted
 
 
-def test_all_secrets_are_made_by_make(tmp_path: Path) -> None:
-    """And none that is there is made again."""
-    recipe = (ROOT / "Makefile").read_text().partition("\nsecrets:")[2].partition("\n\n")[0]
-    for secret in COMPOSE["secrets"].values():
-        assert Path(secret["file"]).name in recipe
-    assert recipe.count("test -s") == 2
+def test_all_secrets_are_made_by_make_and_none_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+
+    def make() -> dict[str, str]:
+        """With the environment that runs this test: nothing is to be installed for it."""
+        subprocess.run(
+            ["make", "--assume-old=.venv/.installed", "secrets", f"SECRETS={folder}",
+             f"BIN={Path(sys.executable).parent}"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+            env={name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")},
+        )  # fmt: skip
+        return {file.name: file.read_text().strip() for file in folder.iterdir()}
+
+    made = make()
+    assert made.keys() == {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    assert len(set(made.values())) == len(made)
+    assert all(len(text) >= 16 for text in made.values()), "deploy/redis/start.sh takes no shorter one"
+    assert folder.stat().st_mode & 0o077 == 0
+    keyring.load(folder / "voucherd_secrets")
+    assert make() == made
+    cut_off = {"store_password", "voucherd_secrets"}
+    for name in cut_off:
+        (folder / name).unlink()
+        (folder / name).touch(mode=0o444)
+    after = make()
+    assert {name for name in made if after[name] != made[name]} == cut_off
+    assert all(after.values())
+    keyring.load(folder / "voucherd_secrets")
 
 
 def test_an_upgrade_applies_the_new_settings_before_the_first_pod_that_waits_for_them() -> None:
