@@ -26,6 +26,7 @@ import yaml
 from service import __version__, keyring
 from service.errors import Misconfigured
 from service.settings import PREFIX, SECRETS, Settings, load
+from service.store.database import connections_most
 from service.vetting import COMMANDS
 from service.web.serve import DRAIN_MARGIN_S
 from tests.unit.test_documents import assert_is_a_command
@@ -257,7 +258,12 @@ def test_one_of_each_is_always_there() -> None:
     assert scaler["minReplicas"] >= 2
     assert scaler["scaleTargetRef"]["name"] == "voucherd-serve"
     assert "replicas" not in _kind("Deployment")["voucherd-serve"]["spec"], "the scaler's number would be set back"
-    assert _kind("Deployment")["voucherd-work"]["spec"]["replicas"] == 2
+    works = _kind("Deployment")["voucherd-work"]["spec"]["replicas"]
+    assert works == 2
+    # In a rollout each may be there twice: the new one, and the one that drains, which maxSurge does not count.
+    serving = scaler["maxReplicas"] * int(SETTINGS_MAP["VOUCHERD_WORKERS"])
+    (room,) = re.findall(r"max_connections has to leave room for (\d+)", (KUBERNETES / "serve.yaml").read_text())
+    assert int(room) == connections_most(2 * serving, works=2 * works)
     probes = PODS["voucherd-serve"]["containers"][0]
     assert probes["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "ops"}
     assert probes["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "ops"}
