@@ -29,7 +29,7 @@ from service.settings import PREFIX, SECRETS, Settings, load
 from service.store.database import connections_most
 from service.vetting import COMMANDS
 from service.web.serve import DRAIN_MARGIN_S
-from tests.unit.test_documents import assert_is_a_command
+from tests.unit.test_documents import DOCUMENTS, assert_is_a_command
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -108,10 +108,41 @@ def test_every_command_exists() -> None:
     assert told == {"ENTRYPOINT": ["voucherd"], "CMD": ["serve"]}
     assert_is_a_command("serve")
     typed = re.findall(r"run --rm work ([a-z -]+?)(?:  |$)", (DEPLOY / "compose.yaml").read_text(), re.MULTILINE)
-    typed += re.findall(r"`voucherd ([^`]*)`", (KUBERNETES / "kustomization.yaml").read_text())
-    assert len(typed) == 3
+    head = (KUBERNETES / "kustomization.yaml").read_text()
+    typed += re.findall(r"`voucherd ([^`]*)`", head) + re.findall(r"-- voucherd ([a-z -]+?)  ", head)
+    assert typed == ["keys rotate", "status", "keys create", "keys rotate", "status"]
     for words in typed:
         assert_is_a_command(words)
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "deploy/compose.yaml", "deploy/kubernetes/kustomization.yaml"])
+def test_nothing_is_typed_in_a_container_that_is_not_there(name: str) -> None:
+    text = re.sub(r"\\\n\s*", "", (ROOT / name).read_text())
+    assert not re.search(r"docker compose (?!--file deploy/compose\.yaml )", text), "it is not found by itself"
+    for file in re.findall(r"--file (deploy/\S+)", text):
+        assert (ROOT / file).exists(), file
+    for service in re.findall(r"docker compose (?:--file \S+ )+(?:exec|run)(?: --entrypoint \S+| --?\S+)* (\w+)", text):
+        assert service in SERVICES, service
+    for deployment in re.findall(r"kubectl (?:exec(?: -i)?|port-forward) deploy/(\S+)", text):
+        assert deployment in _kind("Deployment"), deployment
+
+
+def test_who_looks_into_redis_in_its_container_may() -> None:
+    """By what is typed there, and by its healthcheck: a user with the right, and a password that is mounted."""
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    (kind, healthcheck) = SERVICES["valkey"]["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+    looks = re.findall(r"'(REDISCLI_AUTH=[^']*)'", runbook)
+    assert len(looks) == 1
+    for look in (healthcheck.replace("$$", "$").removesuffix(" | grep -q PONG"), *looks):
+        said = re.fullmatch(
+            r"REDISCLI_AUTH=\$\(cat /run/secrets/redis_(\w+)_password\) valkey-cli --user (\w+) (\w+).*", look
+        )
+        assert said is not None, look
+        whose, user, command = said.groups()
+        assert whose == user
+        assert f"redis_{user}_password" in SERVICES["valkey"]["secrets"]
+        assert f"+{command}" in _rights(user)
 
 
 # --- ports
