@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shlex
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from sqlalchemy.engine import make_url
 
 from loadtest.servers import PostgresServer
 from tests.acceptance.service import Service
-from tests.acceptance.test_up import until
+from tests.acceptance.test_up import ROOT, until
 
 ISSUED_SINCE = 1_000
 
 
 @pytest.fixture
-def backup(running: Service, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Callable[[], None], ...]:
+def backup(
+    running: Service, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[Callable[[], None], ...]]:
     """Keeps the store as it is, under the running service, and puts that back when nobody uses it: as docs/runbook.md
     says, "Back up and restore"."""
     name, copy = str(make_url(running.store_url).database), tmp_path / "backup"
@@ -39,7 +42,8 @@ def backup(running: Service, request: pytest.FixtureRequest, tmp_path: Path) -> 
                 Path(f"{name}{end}").unlink(missing_ok=True)
             shutil.copyfile(copy, name)
 
-        return keep, put_back
+        yield keep, put_back
+        return
     postgres: PostgresServer = request.getfixturevalue("postgres")
     at = ("--host", "127.0.0.1", "--port", str(postgres.port), "--username", "postgres")
     shared = postgres.directory / f"{name}.dump"  # the server's user writes it
@@ -51,11 +55,22 @@ def backup(running: Service, request: pytest.FixtureRequest, tmp_path: Path) -> 
         postgres._run("pg_dump", *at, "--format=custom", "--file", str(shared), name)
 
     def restore() -> None:
-        postgres._run("dropdb", *at, "--force", name)
-        postgres._run("createdb", *at, "--template", "template0", "--encoding", "utf8", name)
-        postgres._run("pg_restore", *at, "--dbname", name, "--exit-on-error", str(shared))
+        for program, *words in restoring():
+            named = [str(shared) if word == "voucherd.dump" else word.replace("voucherd", name) for word in words]
+            postgres._run(program, *at, *named)
 
-    return dump, restore
+    yield dump, restore
+    postgres.sql(f"drop database if exists {name}_before with (force)")
+
+
+def restoring() -> list[list[str]]:
+    """What docs/runbook.md says to type on PostgreSQL, of a dump of the database `voucherd`."""
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    section = text.partition("\n## Back up and restore\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith(("psql ", "createdb ", "pg_restore "))]
+    assert len(lines) == 3
+    assert "`pg_dump --format=custom`" in section
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 async def test_row_20_nothing_is_given_twice_or_lost_when_an_old_store_is_put_back(
