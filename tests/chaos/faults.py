@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import msgspec
+import psutil
 import redis
 
 from loadtest.servers import free_port
@@ -112,15 +113,32 @@ def dies_at(point: str) -> Happening:
 
     def happen(stage: Stage, rng: random.Random, within_s: float = POINT_S) -> bool:
         path = stage.dies_at(point)
+
+        def is_dead() -> bool:
+            """One came there, and is gone: what still runs is not started again."""
+            came = list(path.parent.glob(f"{point}.*"))
+            return bool(came) and all(_ended(stage, int(one.suffix[1:])) for one in came)
+
         try:
-            until(lambda: not path.exists(), f"a process that dies at {point}", within_s)
+            until(is_dead, f"a process that dies at {point}", within_s)
         except Stuck:
             return False
         finally:
             path.unlink(missing_ok=True)
+            for one in path.parent.glob(f"{point}.*"):
+                one.unlink(missing_ok=True)
         return True
 
     return happen
+
+
+def _ended(stage: Stage, pid: int) -> bool:
+    """Whether the process is no more.  Of a program of ours that is so when it can be waited for: until its last thread
+    has ended, in a sync of a disk perhaps, it counts as alive."""
+    for program in stage.programs:
+        if program.process is not None and program.process.pid == pid:
+            return not program.alive
+    return not psutil.pid_exists(pid)  # one of `serve`, which waits for it
 
 
 def workers_die(stage: Stage, rng: random.Random) -> None:

@@ -480,7 +480,7 @@ class Stage:
         self.cut()
 
     def dies_at(self, point: str) -> Path:
-        """The next process that comes to this crash point dies there; then the path that is returned is gone."""
+        """The next process that comes to this crash point dies there; its id is added to the path returned then."""
         path = self.points / point
         path.touch()
         return path

@@ -5,7 +5,7 @@ points by its environment, and ``service`` knows nothing of them: where they are
 
 Each script call is a place before it and one after it.  The file ``issue-after`` in $CHAOS_POINTS kills the first
 process that has read the reply of an ``issue`` and has told nobody yet; ``flushed-before`` the first that has committed
-entries and has not acknowledged them.
+entries and has not acknowledged them.  The file has that process's id for an ending then.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ SCRIPTS = ("issue", "flushed", "restock", "open", "restore", "publish", "stock")
 
 
 def die_at(point: str) -> None:
+    path = os.path.join(os.environ["CHAOS_POINTS"], point)
     try:
-        os.unlink(os.path.join(os.environ["CHAOS_POINTS"], point))  # for one process only
+        os.rename(path, f"{path}.{os.getpid()}")  # for one process only
     except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
