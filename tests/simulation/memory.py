@@ -843,6 +843,9 @@ class Pipeline:
     def info(self, section: str) -> None:
         self._add("info", section, parser=_information)
 
+    def config_get(self, *names: str) -> None:
+        self._add("config", "get", *names, parser=_paired)
+
     async def execute(self) -> list[Any]:
         replies = await self._send(self._commands)
         for reply in replies:
