@@ -94,6 +94,20 @@ class RedisServer:
             self.process.wait(STOP_S)
             self.process = None
 
+    def keep(self) -> None:
+        """Its data as they are now are kept.  None may be rewritten just then."""
+        shutil.copytree(self.directory, self._kept)
+
+    def put_back(self) -> None:
+        """It is dead, and its data are those that were kept, which are kept no more."""
+        self.kill()
+        shutil.rmtree(self.directory)
+        self._kept.rename(self.directory)
+
+    @property
+    def _kept(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}-kept")
+
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()

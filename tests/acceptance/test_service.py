@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import random
-import shutil
 import time
 import uuid
 from collections import Counter
@@ -396,7 +395,7 @@ async def test_flushall_before_the_flush_puts_what_was_lost_in_quarantine(servic
 @pytest.mark.parametrize("flushed", [True, False], ids=["flushed", "not-flushed"])
 @only_sqlite
 async def test_valkey_restarted_on_an_old_copy_of_its_data_issues_no_code_twice(
-    service: Service, tmp_path: Path, flushed: bool
+    service: Service, flushed: bool
 ) -> None:
     """The copy is older by 40 vouchers; `not-flushed`: no worker ran meanwhile, so only the client knows them."""
     await service.furnish(1_000)
@@ -406,13 +405,11 @@ async def test_valkey_restarted_on_an_old_copy_of_its_data_issues_no_code_twice(
         if not flushed:
             service.processes["work"].kill()
             service.processes.pop("work").wait()
-        shutil.copytree(service.valkey.directory, tmp_path / "copy")
+        service.valkey.keep()
         since = await _issue_some(service, client, "since", 40)
         if flushed:
             service.quiet()
-        service.valkey.kill()
-        shutil.rmtree(service.valkey.directory)
-        shutil.copytree(tmp_path / "copy", service.valkey.directory)
+        service.valkey.put_back()
         service.valkey.start()
         await _first_answer_is_503(service, client)
         if not flushed:

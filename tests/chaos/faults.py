@@ -290,15 +290,12 @@ def a_lagging_replica_is_promoted(
 def an_old_copy_is_restored(stage: Stage, rng: random.Random) -> float:
     """Returns since when what was told may be lost."""
     server = stage.redis
-    copy = server.directory.with_name(f"{server.directory.name}-copy")
     with stage.admin() as admin:  # a rewrite in between would leave a copy that is neither
         until(lambda: not int(admin.info("persistence")["aof_rewrite_in_progress"]), "a quiet file")
-    shutil.copytree(server.directory, copy)
+    server.keep()
     time.sleep(rng.uniform(0.5, 3.0))
     since = stage.oldest_unflushed()
-    server.kill()
-    shutil.rmtree(server.directory)
-    copy.rename(server.directory)
+    server.put_back()
     server.start()
     return since
 

@@ -98,25 +98,19 @@ async def _other_settings(here: Restarted) -> None:
 
 async def _older_copy(here: Restarted) -> None:
     await note_synced(here.stage.scripts)
-    copy = here.server.directory.with_name("copy")
-    shutil.copytree(here.server.directory, copy)
+    here.server.keep()
     await here.stage.issue("a")
     await here.stage.flush.run_once()
-    here.server.kill()
-    shutil.rmtree(here.server.directory)
-    copy.rename(here.server.directory)
+    here.server.put_back()
 
 
 async def _copy_without_a_lease(here: Restarted) -> None:
     await note_synced(here.stage.scripts)
     await here.stage.issue(*(f"before-{number}" for number in range(30)))
     await here.stage.flush.run_once()
-    copy = here.server.directory.with_name("copy")
-    shutil.copytree(here.server.directory, copy)
+    here.server.keep()
     await here.stage.refill.run_once()
-    here.server.kill()
-    shutil.rmtree(here.server.directory)
-    copy.rename(here.server.directory)
+    here.server.put_back()
 
 
 async def _nothing_left(here: Restarted) -> None:
