@@ -122,15 +122,15 @@ class Watch:
     async def count_once(self) -> bool:
         """What is counted code by code, if that is due: quarantine, and whether ledger and stock are what they must be.
         Whether it was; nothing is counted in a store that is older.  Raises RedisUnreachable, StoreUnreachable."""
+        due = ((await self._scripts.generation()).open, self._now() // COUNT_S)
+        if due == self._counted_in:
+            return False
         try:
             seen, held = await refuse_older(self._database, self._scripts)
         except StoreIsOlder:
             return False  # `run_once` says so
-        due = (seen.open, self._now() // COUNT_S)
-        if due == self._counted_in:
-            return False
+        self._counted_in = due  # now: a count that takes too long is not made again at once
         await self._count(seen.open, held)
-        self._counted_in = due
         metrics.books_checked.labels(str(self._scripts.partition)).set(self._now())
         return True
 
