@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence, Sized
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -370,8 +370,7 @@ class Catalogue:
         )
 
     def _remember(self, question: tuple[str, str | tuple[str, ...], object], route: Route) -> Route:
-        if len(self._routes) >= ROUTES_MAX:
-            self._routes.clear()
+        _make_room(self._routes)
         self._routes[question] = route
         return route
 
@@ -410,8 +409,7 @@ class Catalogue:
         key = tuple(candidates)
         plan = self._plans.get(key)
         if plan is None:
-            if len(self._plans) >= ROUTES_MAX:
-                self._plans.clear()
+            _make_room(self._plans)
             plan = self._plans[key] = Plan(key)
         return plan
 
@@ -420,8 +418,7 @@ class Catalogue:
         question = (campaign.id, product, id_key, campaign.assigned[distributor])
         candidate = self._candidates.get(question)
         if candidate is None:
-            if len(self._candidates) >= ROUTES_MAX:
-                self._candidates.clear()
+            _make_room(self._candidates)
             candidate = self._candidates[question] = self._make_candidate(campaign, *question[1:])
         return candidate
 
@@ -442,6 +439,12 @@ class Catalogue:
             rule=rule.pack(),
             caps=tuple(CountedCap(counter, holder, limit) for (counter, holder), limit in limits.items()),
         )
+
+
+def _make_room(memo: dict[Any, Any]) -> None:
+    """There is room in it for one more: what it held is made anew when it is asked for."""
+    if len(memo) >= ROUTES_MAX:
+        memo.clear()
 
 
 _NEVER: Final = 1 << 62  # sorts an open end after every other

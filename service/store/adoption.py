@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record, Rule
 from service.identity import NO_KEYS
-from service.store import books, generations, recreation
+from service.store import books, generations, ledger
 from service.store.database import chunks
 from service.store.entries import Entry, unfit
 from service.store.flush import ADOPTED, RECREATED, write_unknown
@@ -73,7 +73,7 @@ async def adopt(
     """
     await generations.lock(conn, partition, exclusive=True)
     records = await find(conn, partition, rule, distributor, received)
-    seq = await recreation.last_seq(conn, partition)
+    seq = await ledger.last_seq(conn, partition, RECREATED)
     entries = [_entry(partition, seq + n, record) for n, record in enumerate(records, 1)]
     await write_unknown(conn, entries, now, NO_KEYS)
     return len(records)

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
-from sqlalchemy import Row, delete, func, insert, or_, select, update
+from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import zones
 from service.catalogue import CANDIDATES_MAX, Campaign, Cap, Period
 from service.domain import CapHolder, instant
 from service.errors import Conflict, NotFound
-from service.store.control import TIME_MAX, check_id, lock, require_distributor
+from service.store.control import TIME_MAX, check_id, lock, not_over, require_distributor
 from service.store.schema import (
     assignments,
     campaign_products,
@@ -295,7 +295,7 @@ async def check_candidates(connection: AsyncConnection, now: int, distributor: s
         select(assignments.c.distributor, campaign_products.c.product)
         .join(campaign_products, assignments.c.campaign == campaign_products.c.campaign)
         .join(campaigns, campaigns.c.id == campaign_products.c.campaign)
-        .where(*whose, or_(campaigns.c.until == 0, campaigns.c.until > now))
+        .where(*whose, not_over(now))
         .group_by(assignments.c.distributor, campaign_products.c.product)
         .having(func.count() > CANDIDATES_MAX)
         .order_by(assignments.c.distributor, campaign_products.c.product)

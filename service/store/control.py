@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Select, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.catalogue import Campaign, Cap, Client, Pool, Product, SigningKey, Snapshot
@@ -294,18 +294,21 @@ async def snapshot(connection: AsyncConnection, version: int) -> Snapshot:
 
 async def pools_in_use(connection: AsyncConnection, now: int) -> set[str]:
     """Pools that a campaign issues from that is not over."""
-    used = select(campaigns.c.pool).where(or_(campaigns.c.until == 0, campaigns.c.until > now)).distinct()
-    return set(await connection.scalars(used))
+    return set(await connection.scalars(select(campaigns.c.pool).where(not_over(now)).distinct()))
 
 
 async def pools_asked(connection: AsyncConnection, now: int) -> set[str]:
     """Pools that a campaign issues from to somebody now: it runs, and is assigned."""
     asked = select(campaigns.c.pool).where(
-        campaigns.c.paused.is_(False), campaigns.c.starts_at <= now,
-        or_(campaigns.c.until == 0, campaigns.c.until > now),
+        not_over(now), campaigns.c.starts_at <= now, campaigns.c.paused.is_(False),
         campaigns.c.id.in_(select(assignments.c.campaign)),
     )  # fmt: skip
     return set(await connection.scalars(asked.distinct()))
+
+
+def not_over(now: int) -> ColumnElement[bool]:
+    """Of campaigns: those that can still issue at ``now``, as far as their end says."""
+    return or_(campaigns.c.until == 0, campaigns.c.until > now)
 
 
 async def caps_counted_from(connection: AsyncConnection) -> dict[tuple[str, str, str, str], int]:

@@ -157,7 +157,8 @@ async def newest_first(
 
 
 async def last_seq(conn: AsyncConnection, partition: int, generation: int) -> int:
-    """The highest outbox sequence of this generation that was flushed, 0 if none was."""
+    """The highest outbox sequence of this generation that was flushed, 0 if none was; of RECREATED, the last that
+    something without an outbox entry of its own was written under, which is so while the partition is locked."""
     last = 0
     for table in (requests, set_asides, incidents):
         of_it = (table.c.partition == partition) & (table.c.generation == generation)

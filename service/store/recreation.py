@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain import Code, Record
 from service.identity import NO_KEYS, IdKeys
-from service.store import generations, stock
+from service.store import generations, ledger, stock
 from service.store.database import Database, chunks, insert_records
 from service.store.entries import Entry, unfit
 from service.store.flush import RECREATED, STORE_OLDER, is_request_of, raise_incident, write_unknown
@@ -96,7 +96,7 @@ async def recreate(
         async with database.write() as conn:
             await generations.lock(conn, partition, exclusive=True)  # no flush writes one of them in between
             fit_and_new = await lacking(conn, fit_and_new)
-            seq = await last_seq(conn, partition)
+            seq = await ledger.last_seq(conn, partition, RECREATED)
             entries = [_entry(partition, seq + n, record) for n, record in enumerate(fit_and_new, 1)]
             await write_unknown(conn, entries, now, ids)
     return len(fit_and_new), len(records) - len(fit)
@@ -104,17 +104,6 @@ async def recreate(
 
 def _entry(partition: int, seq: int, record: Record) -> Entry:
     return Entry(partition, RECREATED, seq, f"recreated-{seq}", (record,), ())
-
-
-async def last_seq(conn: AsyncConnection, partition: int) -> int:
-    """The last sequence that something without an outbox entry of its own was written under.  Locked exclusively."""
-    last = 0
-    for table in (requests, set_asides, incidents):
-        found = select(func.max(table.c.outbox_seq)).where(
-            table.c.partition == partition, table.c.generation == RECREATED
-        )
-        last = max(last, int(await conn.scalar(found) or 0))
-    return last
 
 
 # --- stock ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store import books, generations, recreation, returning, stock
+from service.store import books, generations, ledger, returning, stock
 from service.store.database import chunks
 from service.store.flush import RECREATED
 from service.store.schema import TAKEN_BACK, assignments, campaigns, codes, leases, parked, requests, set_asides
@@ -77,7 +77,7 @@ async def set_aside(
         rows = await conn.execute(books.in_quarantine(codes.c.lot, codes.c.seq).where(stock.at(codes, some)))
         there += [(row.lot, row.seq) for row in rows]
     if there:
-        seq = await recreation.last_seq(conn, partition) + 1
+        seq = await ledger.last_seq(conn, partition, RECREATED) + 1
         way = {"partition": partition, "generation": RECREATED, "outbox_seq": seq, "why": why, "flushed_at": now}
         rows_ = [{**way, "ordinal": n, "lot": lot, "seq": at} for n, (lot, at) in enumerate(sorted(there))]
         await conn.execute(insert(set_asides), rows_)
