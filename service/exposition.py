@@ -2,18 +2,26 @@
 
 prometheus_client's own collector builds an object for each sample of each process at each scrape, 0.3 s of CPU for
 10,000 series of two processes; here the text of a series is made once and kept.
+
+Each process has a file for each kind of instrument.  Those of a process that ended are folded into one that all ended
+ones share, so a process that fails again and again does not fill the directory.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import math
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import msgspec
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.utils import floatToGoString
 
 from service.metrics import Build, Supervision
@@ -26,6 +34,8 @@ _JOINED: Final[dict[str, Callable[[float, float], float]]] = {
     "livemax": max,
     "max": max,
 }
+
+ENDED: Final = "ended"  # where a file's name has the process, of those that ended
 
 
 class _Series(NamedTuple):
@@ -52,19 +62,17 @@ class Exposition:
     def text(self) -> bytes:
         """Everything summed over the processes, those too that have ended, then the parent's own."""
         families: dict[str, _Family] = {}
-        for file in sorted(self._directory.glob("*.db")):
-            try:
-                entries = list(MmapedDict.read_all_values_from_file(str(file)))  # type: ignore[no-untyped-call]
-            except FileNotFoundError:  # its process has ended just now
-                continue
-            kind, *mode, pid = file.stem.split("_")
-            for key, value, _, _ in entries:
+        with _held(self._directory, fcntl.LOCK_SH):
+            files = [(file, _values(file)) for file in sorted(self._directory.glob("*.db"))]
+        for file, values in files:
+            kind, mode, pid = _named(file)
+            for key, value in values:
                 series = self._parsed.get(key)
                 if series is None:
                     series = self._parsed[key] = _parse(key)
                 family = families.get(series.family)
                 if family is None:
-                    family = families[series.family] = _Family(kind, mode[0] if mode else "", series.meaning)
+                    family = families[series.family] = _Family(kind, mode, series.meaning)
                 family.add(series, value, pid)
         lines = [line for name in sorted(families) for line in families[name].lines(name)]
         return "".join(lines).encode() + generate_latest(self._own)
@@ -75,6 +83,80 @@ def of_this_process() -> bytes:
     own = CollectorRegistry()
     own.register(Build())
     return generate_latest(REGISTRY) + generate_latest(own)
+
+
+def forget(directory: Path, process: int) -> None:
+    """What a dead process had open (its ``live`` gauges) no longer counts; what it counted does, in no file of its own.
+
+    A scrape sees it either in the one file or in the other.
+    """
+    mark_process_dead(process, path=str(directory))  # type: ignore[no-untyped-call]
+    with _held(directory, fcntl.LOCK_EX):
+        for file in sorted(directory.glob(f"*_{process}.db")):
+            _fold(file)
+
+
+def forget_ended(directory: Path) -> None:
+    """As ``forget``, for each process of this directory that there is no more, whoever started it."""
+    for process in {pid for file in directory.glob("*.db") if (pid := _named(file)[2]) != ENDED}:
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            forget(directory, int(process))
+        except PermissionError:  # it is another user's, and lives
+            continue
+
+
+def _fold(file: Path) -> None:
+    """The values of this file are in that of the ended, and it is gone."""
+    kind, mode, _ = _named(file)
+    ended = file.with_name("_".join([kind, *([mode] if mode else []), f"{ENDED}.db"]))
+    new = ended.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    if ended.exists():
+        shutil.copyfile(ended, new)
+    sums = MmapedDict(str(new))  # type: ignore[no-untyped-call]
+    known = {key for key, _, _ in sums.read_all_values()}  # type: ignore[no-untyped-call]
+    for key, value in _values(file):
+        before = sums.read_value(key)[0] if key in known else None  # type: ignore[no-untyped-call]
+        joined = value if before is None else _join(mode, before, value)
+        sums.write_value(key, joined, 0.0)  # type: ignore[no-untyped-call]
+    sums.close()  # type: ignore[no-untyped-call]
+    new.replace(ended)
+    file.unlink()
+
+
+@contextlib.contextmanager
+def _held(directory: Path, how: int) -> Iterator[None]:
+    """The directory's own lock: what is folded is out of one file and not yet in the other for a moment."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, how)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _named(file: Path) -> tuple[str, str, str]:
+    """The kind of instrument, how a gauge's values become one ('' if it is none), and the process."""
+    kind, *mode, process = file.stem.split("_")
+    return kind, mode[0] if mode else "", process
+
+
+def _values(file: Path) -> list[tuple[str, float]]:
+    """By key as in the file; nothing of one that was just made or has just gone."""
+    try:
+        if not file.stat().st_size:
+            return []
+        values = MmapedDict.read_all_values_from_file(str(file))  # type: ignore[no-untyped-call]
+    except FileNotFoundError:
+        return []
+    return [(key, value) for key, value, _, _ in values]
+
+
+def _join(mode: str, one: float, other: float) -> float:
+    """What two processes say of one series; ``mode`` is '' where both are counted."""
+    return _JOINED[mode](one, other) if mode else one + other
 
 
 class _Family:
@@ -100,7 +182,7 @@ class _Family:
         if before is None:
             self._values[key] = value
         else:
-            self._values[key] = _JOINED[self._mode](before, value) if self._mode else before + value
+            self._values[key] = _join(self._mode, before, value)
 
     def lines(self, name: str) -> Iterable[str]:
         shown = f"{name}_total" if self._kind == "counter" else name
@@ -118,8 +200,11 @@ class _Family:
             yield f"{name}_count{braces} {_text(total)}\n"
 
 
+_KEY: Final = msgspec.json.Decoder(tuple[str, str, dict[str, str], str])
+
+
 def _parse(key: str) -> _Series:
-    family, sample, labels, meaning = json.loads(key)
+    family, sample, labels, meaning = _KEY.decode(key)
     bound = labels.pop("le", None)
     le = None if bound is None else math.inf if bound == "+Inf" else float(bound)
     text = ",".join(f'{name}="{_escaped(value)}"' for name, value in sorted(labels.items()))

@@ -23,7 +23,6 @@ from typing import Any, Final
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.registry import Collector
 
 from service import __version__
@@ -284,6 +283,30 @@ def _bounded(known: set[str], name: str) -> str:
         return OTHERS
     known.add(name)
     return name
+
+
+def set_by_pool(gauge: Gauge, values: Mapping[str, float], joined: Callable[[Iterable[float]], float] = sum) -> None:
+    """``gauge`` says what ``values`` has for each pool, and as OTHERS what ``joined`` makes of those beyond
+    NAMES_MAX.  All pools have to be given at once."""
+    others = []
+    for pool, value in values.items():
+        if (name := _bounded(_pools, pool)) == OTHERS:
+            others.append(value)
+        else:
+            gauge.labels(name).set(value)
+    if others:
+        gauge.labels(OTHERS).set(joined(others))
+
+
+def set_of_pool(gauge: Gauge, pool: str, value: float) -> None:
+    """``gauge`` says this of one pool; of one beyond NAMES_MAX nothing is said until all are looked at."""
+    if (name := _bounded(_pools, pool)) != OTHERS:
+        gauge.labels(name).set(value)
+
+
+def leased_by_pool(pool: str, codes: int) -> None:
+    """So many codes more went to the window of this pool."""
+    leased.labels(_bounded(_pools, pool)).inc(codes)
 
 
 class Supervision(Collector):

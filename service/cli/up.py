@@ -28,7 +28,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from service import keyring, metrics, scripts
+from service import exposition, keyring, metrics, scripts
 from service.cli import demo
 from service.cli.child import Child, end_orphan
 from service.cli.embedded import Embedded, free_port, try_port, write_private
@@ -200,7 +200,7 @@ class Up:
             pid = child.pid
             how = await child.ended()
             if pid is not None:
-                metrics.forget(self._metrics, pid)
+                await asyncio.to_thread(exposition.forget, self._metrics, pid)
             if time.monotonic() - began > STEADY_S:
                 backoff_s = BACKOFF_LEAST_S
             if self._starting:

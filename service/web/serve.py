@@ -29,7 +29,7 @@ import structlog
 
 from service import logs, metrics
 from service.errors import Misconfigured
-from service.exposition import Exposition
+from service.exposition import Exposition, forget, forget_ended
 from service.settings import Settings
 from service.web.ops import Readiness, listening, ops, serving_ops
 from service.web.serving import TEMPORARY_PREFIX, Order, Word
@@ -179,13 +179,13 @@ class Supervisor:
                 if self._stopping.is_set():
                     worker.tell_to_drain()
                 await self._listen(worker, reader)
-                return await process.wait()
+                status = await process.wait()
             finally:
                 writer.close()
                 worker.forget()
                 del self.metrics.pids[worker.number]
-                if process.returncode is not None:
-                    metrics.forget(self._directory, process.pid)
+        await asyncio.to_thread(forget, self._directory, process.pid)
+        return status
 
     async def _listen(self, worker: Worker, reader: asyncio.StreamReader) -> None:
         """Notes what the process says until it ends."""
@@ -245,6 +245,7 @@ def _metrics_directory() -> Iterator[Path]:
     given = metrics.given_directory()
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
+        forget_ended(given)  # of a parent that was killed
         yield given
         return
     _remove_orphans(Path(tempfile.gettempdir()))

@@ -1,11 +1,12 @@
-"""What is counted once a request: added up right, bounded in names, in parts that nobody notices, and read quickly."""
+"""What is counted once a request: added up right, bounded in names, in parts that nobody notices, and read quickly,
+also of processes that ended."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import metrics
-from service.exposition import Exposition
+from service.exposition import Exposition, forget, forget_ended
 
 # Issue 7: a scrape of 10,000 series takes less, and delays no request by more.  CPU seconds: machines are shared.
 SCRAPE_S_MAX = 0.2
@@ -45,6 +46,20 @@ metrics.pool_empty_in_seconds.labels("POOL").set(float("inf"))
 metrics.loop_timestamp_seconds.labels("flush").set(time.time())
 metrics.script_seconds.labels("issue").observe(0.3)
 print(slowest)
+"""
+
+
+# The parent, which is small: in the process of the tests a collection of garbage alone takes longer than a scrape.
+SCRAPES = """
+import sys, time
+from pathlib import Path
+from service import metrics
+from service.exposition import Exposition
+exposition = Exposition(Path(sys.argv[1]), metrics.Supervision(2))
+for _ in range(3):
+    began = time.thread_time()
+    exposition.text()
+    print(time.thread_time() - began)
 """
 
 
@@ -127,11 +142,10 @@ def test_a_scrape_of_ten_thousand_series_is_quick_and_no_process_stands_still_fo
         )  # fmt: skip
         slowest.append(float(done.stdout))
     assert min(slowest) < DELAY_S_MAX
-    exposition, took = Exposition(tmp_path, metrics.Supervision(2)), []
-    for _ in range(3):
-        began = time.thread_time()
-        text = exposition.text().decode()
-        took.append(time.thread_time() - began)
+    scraped = subprocess.run([sys.executable, "-c", SCRAPES, tmp_path], capture_output=True, text=True, check=True)
+    took = [float(seconds) for seconds in scraped.stdout.split()]
+    exposition = Exposition(tmp_path, metrics.Supervision(2))
+    text = exposition.text().decode()
     assert sum(line.startswith("voucherd_") for line in text.splitlines()) > 10_000
     assert 'voucherd_campaign_requests_total{campaign="CAMPAIGN-7",code="issued"} 4.0' in text
     print(f"a scrape takes {min(took):.3f} s of CPU, a part of a flush {min(slowest):.4f} s at most")
@@ -140,6 +154,91 @@ def test_a_scrape_of_ten_thousand_series_is_quick_and_no_process_stands_still_fo
     MultiProcessCollector(library, path=str(tmp_path))
     own = exposition.text().decode().index("# HELP voucherd_workers ")
     assert _samples(text[:own]) == _samples(generate_latest(library).decode())
+
+
+# Counts, notes that it is alive, and ends: the next of a crash loop.
+A_LIFE = """
+import os
+from service import metrics
+metrics.replays.inc(5)
+metrics.batch_requests.observe(3)
+metrics.batch_replies.labels("OK").inc(os.getpid() % 2 + 1)
+metrics.connections.set(7)
+metrics.loop_timestamp_seconds.labels("flush").set(os.getpid())
+print(os.getpid(), os.getpid() % 2 + 1)
+"""
+
+
+def _lives(directory: Path, number: int) -> list[tuple[int, int]]:
+    """Of so many processes that have ended: the pid, and what it counted as batches."""
+    environment = {**os.environ, metrics.DIRECTORY_VARIABLE: str(directory)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", A_LIFE], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(number)
+    ]
+    said = [one.communicate()[0].split() for one in running]
+    assert all(one.returncode == 0 for one in running)
+    return [(int(pid), int(batches)) for pid, batches in said]
+
+
+def _of(exposition: Exposition, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    found = _samples(exposition.text().decode())
+    return {labels: value for (_, sample, labels), value in found.items() if sample == name}
+
+
+def test_a_process_that_ended_leaves_its_counts_and_no_file(tmp_path: Path) -> None:
+    exposition = Exposition(tmp_path, metrics.Supervision(1))
+    lives = [*_lives(tmp_path, 3), *_lives(tmp_path, 3)]
+    for pid, _ in lives:
+        forget(tmp_path, pid)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "counter_ended.db", "gauge_max_ended.db", "histogram_ended.db",
+    ]  # fmt: skip
+    assert _of(exposition, "voucherd_replays_total") == {(): 5 * 6}
+    assert _of(exposition, "voucherd_batch_requests_count") == {(): 6}
+    assert _of(exposition, "voucherd_batch_requests_sum") == {(): 18}
+    assert _of(exposition, "voucherd_batch_replies_total") == {(("status", "OK"),): sum(one for _, one in lives)}
+    assert _of(exposition, "voucherd_loop_timestamp_seconds") == {(("loop", "flush"),): max(pid for pid, _ in lives)}
+    assert _of(exposition, "voucherd_connections") == {}
+
+
+def test_what_a_parent_that_was_killed_left_is_forgotten_and_no_living_process(tmp_path: Path) -> None:
+    living = subprocess.Popen(
+        [sys.executable, "-c", A_LIFE.replace("print", "print(flush=True); input(); print")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, metrics.DIRECTORY_VARIABLE: str(tmp_path)},
+    )  # fmt: skip
+    assert living.stdout is not None
+    living.stdout.readline()
+    _lives(tmp_path, 2)
+    exposition = Exposition(tmp_path, metrics.Supervision(1))
+    forget_ended(tmp_path)
+    forget_ended(tmp_path)
+    assert _of(exposition, "voucherd_replays_total") == {(): 15}
+    assert _of(exposition, "voucherd_connections") == {(): 7}
+    assert {file.stem.split("_")[-1] for file in tmp_path.iterdir()} == {"ended", str(living.pid)}
+    living.communicate("go on")
+
+
+def test_no_scrape_sees_a_counter_go_back_or_twice_while_processes_end(tmp_path: Path) -> None:
+    exposition = Exposition(tmp_path, metrics.Supervision(1))
+    lives, seen, done = _lives(tmp_path, 12), [], threading.Event()
+
+    def scrape() -> None:
+        while not done.is_set():
+            seen.append(_of(exposition, "voucherd_replays_total"))
+
+    scraping = threading.Thread(target=scrape)
+    scraping.start()
+    for pid, _ in lives:
+        forget(tmp_path, pid)
+        before = len(seen)
+        while len(seen) < before + 2:
+            assert scraping.is_alive()
+    done.set()
+    scraping.join()
+    assert len(seen) >= 24
+    assert all(one == {(): 60} for one in seen)
 
 
 def _samples(text: str) -> dict[tuple[str, str, tuple[tuple[str, str], ...]], float]:
