@@ -6,7 +6,7 @@ increment costs about 2 us, so what happens once a request is counted in a ``Tal
 its instruments twice a second; what happens once a batch or less often is counted at once.
 
 No label holds anything that a client chose: labels are names of the catalogue, scripts, and codes of answers.  The
-names of campaigns and distributors are the only ones that grow with use; NAMES_MAX bounds them.
+names of campaigns, distributors and pools are the only ones that grow with use; NAMES_MAX bounds each kind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import platform
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024)  # requests; as 
 # Seconds from the answer to the ledger: a flush comes every 0.2 s; an outage of the store lasts minutes.
 LAGS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
-# Campaigns, and distributors, that have series of their own in one process, some 5 codes each: 10,000 series are
+# Campaigns, distributors, and pools, that have series of their own in one process, some 5 codes each: 10,000 series are
 # scraped in 200 ms (tests/unit/test_metrics.py).  What comes later is counted under OTHERS, which no name can be.
 NAMES_MAX: Final = 1_000
 OTHERS: Final = "(others)"
@@ -55,6 +55,9 @@ campaign_requests = Counter(
     "voucherd_campaign_requests", "Requests by the campaign that issued, or that was considered first, and by answer",
     ["campaign", "code"],
 )  # by Tally  # fmt: skip
+campaign_vouchers_issued = Counter(
+    "voucherd_campaign_vouchers_issued", "Vouchers issued to a new request, by campaign", ["campaign"]
+)  # by Tally
 distributor_requests = Counter(
     "voucherd_distributor_requests", "Requests of distributors whose credential was confirmed, by answer",
     ["distributor", "code"],
@@ -219,13 +222,19 @@ class Tally:
     def __init__(self, api: str) -> None:
         self._api = api
         self._answers: defaultdict[_Key, int] = defaultdict(int)
+        self._issued: defaultdict[str, int] = defaultdict(int)  # vouchers, by campaign
         self._buckets = [0] * (len(SECONDS) + 1)
         self._seconds = 0.0
         self._to_add: list[_Counted] = []
 
-    def count(self, status: int, code: str, seconds: float, distributor: str = "", campaign: str = "") -> None:
-        """One answer with this status and code, ``seconds`` after its request was taken up; '' is nobody's."""
+    def count(
+        self, status: int, code: str, seconds: float, distributor: str = "", campaign: str = "", issued: int = 0
+    ) -> None:
+        """One answer with this status and code, ``seconds`` after its request was taken up; '' is nobody's.  Of its
+        vouchers so many were ``issued`` by this request."""
         self._answers[status, code, distributor, campaign] += 1
+        if issued:
+            self._issued[campaign] += issued
         self._buckets[bisect_left(SECONDS, seconds)] += 1
         self._seconds += seconds
 
@@ -237,25 +246,30 @@ class Tally:
     def flush_some(self) -> bool:
         """A bounded part of what was counted is in the instruments; whether there is more of it."""
         if not self._to_add:
-            counted, self._answers = self._answers, defaultdict(int)
-            self._to_add = list(counted.items())
+            answers, self._answers = self._answers, defaultdict(int)
+            issued, self._issued = self._issued, defaultdict(int)
+            self._to_add = [*answers.items(), *issued.items()]
             self._add_seconds()
         self._to_add, now = self._to_add[FLUSHED_AT_ONCE:], self._to_add[:FLUSHED_AT_ONCE]
-        for (instrument, *labels), answers in self._sums(now).items():
-            instrument.labels(*labels).inc(answers)
+        for (instrument, *labels), number in self._sums(now).items():
+            instrument.labels(*labels).inc(number)
         return bool(self._to_add)
 
     def _sums(self, counted: list[_Counted]) -> dict[tuple[Any, ...], int]:
         """By instrument and labels."""
         sums: defaultdict[tuple[Any, ...], int] = defaultdict(int)
-        for (status, code, distributor, campaign), answers in counted:
-            sums[requests, self._api, str(status), code] += answers
+        for counted_by, number in counted:
+            if isinstance(counted_by, str):
+                sums[campaign_vouchers_issued, _bounded(_campaigns, counted_by)] += number
+                continue
+            status, code, distributor, campaign = counted_by
+            sums[requests, self._api, str(status), code] += number
             if status in (401, 403):
-                sums[credentials_refused, self._api, code] += answers
+                sums[credentials_refused, self._api, code] += number
             if distributor:
-                sums[distributor_requests, _bounded(_distributors, distributor), code] += answers
+                sums[distributor_requests, _bounded(_distributors, distributor), code] += number
             if campaign:
-                sums[campaign_requests, _bounded(_campaigns, campaign), code] += answers
+                sums[campaign_requests, _bounded(_campaigns, campaign), code] += number
         return sums
 
     def _add_seconds(self) -> None:
@@ -269,10 +283,11 @@ class Tally:
 
 
 _Key = tuple[int, str, str, str]  # status, code, distributor, campaign
-_Counted = tuple[_Key, int]
+_Counted = tuple[_Key | str, int]  # answers, or vouchers that a campaign issued
 
 _distributors: Final[set[str]] = set()
 _campaigns: Final[set[str]] = set()
+_pools: Final[set[str]] = set()
 
 
 def _bounded(known: set[str], name: str) -> str:
@@ -346,11 +361,6 @@ def given_directory() -> Path | None:
     """The directory that this process was started with, if it was: others write there too."""
     given = os.environ.get(DIRECTORY_VARIABLE)
     return Path(given) if given else None
-
-
-def forget(directory: Path, process: int) -> None:
-    """What a dead process had open (its ``live`` gauges) no longer counts; what it counted does."""
-    mark_process_dead(process, path=str(directory))  # type: ignore[no-untyped-call]
 
 
 def declared() -> Iterator[tuple[str, str, str]]:

@@ -93,18 +93,19 @@ def sections() -> tuple[Section, ...]:
         )),
         Section("Stock", (
             Panel("Seconds to empty", "s", (
-                (f"min by (pool) ({_name(metrics.pool_empty_in_seconds)})", "{{pool}}"),
-            ), "At the burn rate of the last minute; infinite while nothing is issued."),
+                (f"bottomk(10, min by (pool) ({_name(metrics.pool_empty_in_seconds)}))", "{{pool}}"),
+            ), "The ten that are empty first, at the burn rate of the last minute; infinite while nothing is issued."),
             Panel("Stored", "short", (
-                (f"max by (pool) ({_name(metrics.stock_codes)})", "{{pool}}"),
-            ), "Codes in the store, not leased to a window yet."),
+                (f"bottomk(10, max by (pool) ({_name(metrics.stock_codes)}))", "{{pool}}"),
+            ), "Codes in the store, not leased to a window yet; the ten pools that have fewest."),
             Panel("Windows and quarantine", "short", (
-                (f"min by (pool) ({_name(metrics.window_codes)})", "{{pool}} in its window"),
+                (f"bottomk(10, min by (pool) ({_name(metrics.window_codes)}))", "{{pool}} in its window"),
                 (f"sum({_name(metrics.quarantined_codes)}) or vector(0)", "in quarantine"),
-            ), "Codes ready to issue, and those that a generation left behind."),
+            ), "Codes ready to issue, of the ten shortest windows; and those that a generation left behind."),
             Panel("Issued by campaign", "cps", (
-                (f'topk(10, sum by (campaign) (rate({campaigns}{{code="issued"}}{OVER})))', "{{campaign}}"),
-            ), "The ten that issue most, in requests a second.", 12),
+                (f"topk(10, sum by (campaign) (rate({_name(metrics.campaign_vouchers_issued)}{OVER})))",
+                 "{{campaign}}"),
+            ), "The ten that issue most.", 12),
             Panel("Refill", "s", (
                 *_quantiles(metrics.lease_seconds, legend="lease"),
                 *_quantiles(metrics.refill_seconds, legend="refill"),

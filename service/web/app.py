@@ -138,7 +138,9 @@ class App:
 
     def _count(self, api: PlainApi, answer: Answer, began: float) -> None:
         seconds = perf_counter() - began
-        self._tallies[api.name].count(answer.status, answer.code, seconds, answer.distributor, answer.campaign)
+        self._tallies[api.name].count(
+            answer.status, answer.code, seconds, answer.distributor, answer.campaign, answer.issued
+        )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -19,7 +19,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
     """One whole HTTP answer.  ``code`` is what it is counted as: an error's code, ``issued`` or ``replayed``; and of
-    whom, where it is confirmed that the ``distributor`` asked: a ``campaign`` issued or was considered first.
+    whom, where it is confirmed that the ``distributor`` asked: a ``campaign`` issued or was considered first.  So many
+    vouchers were ``issued`` by this request, none of a replay.
     ``request_id`` is that of a refusal, where it is known."""
 
     status: int
@@ -29,6 +30,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     distributor: str = ""
     campaign: str = ""
     request_id: str = ""
+    issued: int = 0
 
 
 class Problem(msgspec.Struct, frozen=True):

@@ -191,7 +191,9 @@ def rendered(issued: Issued, key: str, distributor: str) -> Answer:
         raise ValueError("a record of an unknown layout")
     body, campaign = render(issued.record, key)
     headers = _headers(len(body), issued.replayed)
-    return Answer(200, headers, body, "replayed" if issued.replayed else "issued", distributor, campaign)
+    if issued.replayed:
+        return Answer(200, headers, body, "replayed", distributor, campaign)
+    return Answer(200, headers, body, "issued", distributor, campaign, issued=1)
 
 
 @lru_cache(maxsize=4_096)  # twice as many as there are lengths of answers

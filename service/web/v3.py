@@ -242,10 +242,10 @@ def rendered(issued: Issued, request: Request, ids: IdKeys, key: bytes) -> Answe
     headers: Headers = (JSON, (b"content-length", b"%d" % len(body)), (b"idempotency-key", key))
     if issued.replayed:
         headers = (*headers, _REPLAYED)
+    new = 0 if issued.replayed else len(codes)
     if part:
-        return Answer(207, headers, body, "207-762", request.distributor, of.campaign)
-    code = "replayed" if issued.replayed else "issued"
-    return Answer(200, headers, body, code, request.distributor, of.campaign)
+        return Answer(207, headers, body, "207-762", request.distributor, of.campaign, issued=new)
+    return Answer(200, headers, body, "issued" if new else "replayed", request.distributor, of.campaign, issued=new)
 
 
 _REPLAYED: Final = (b"idempotency-record", b"true")

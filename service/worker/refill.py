@@ -217,7 +217,7 @@ class Refill:
         now = self._clock()
         rate = self._rates.setdefault(pool, _Rate(now, window.length))
         per_second = rate.note(now, window.length)
-        metrics.window_codes.labels(pool).set(window.length)
+        metrics.set_of_pool(metrics.window_codes, pool, window.length)
         low = max(self._low_water, math.ceil(per_second * self._store_outage_s))
         short = max(self._low_water, math.ceil(per_second * min(SHORT_S, self._store_outage_s)))
         if window.length < short:
@@ -256,7 +256,7 @@ class Refill:
                     if self._fill is not None and await self._fill.block(pool):
                         continue  # P4: a pool is not exhausted while codes can be made for it
                     if await self._scripts.exhausted(pool, version, lease.id, generation=generation) == "OK":
-                        metrics.window_codes.labels(pool).set(length)
+                        metrics.set_of_pool(metrics.window_codes, pool, length)
                         return Refilled(added, exhausted=1)
                     break
                 lease = new
@@ -273,7 +273,7 @@ class Refill:
             if done.status == "OK":
                 added += len(given)
                 self._rates[pool].restocked(len(given))
-                metrics.leased.labels(pool).inc(len(given))
+                metrics.leased_by_pool(pool, len(given))
                 metrics.refill_seconds.observe(self._clock() - began)
             elif done.status != "DONE":
                 break  # LOST, or another worker was faster: the next step sees

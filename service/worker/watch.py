@@ -80,8 +80,8 @@ class Watch:
             metrics.outbox_bytes.labels(partition).set(held.bytes)
             metrics.outbox_limit_codes.labels(partition).set(self._outbox_max)
             metrics.outbox_limit_bytes.labels(partition).set(self._outbox_bytes_max)
-            for pool, window in held.windows.items():
-                metrics.window_codes.labels(pool).set(window.length)
+            windows = {pool: window.length for pool, window in held.windows.items()}
+            metrics.set_by_pool(metrics.window_codes, windows)
             age_s = await outbox_age_s(self._scripts, seen.open, self._now())
             metrics.outbox_age_seconds.labels(partition).set(age_s)
             metrics.outage_lasts_seconds.labels(partition).set(
@@ -100,8 +100,7 @@ class Watch:
             self._asked = await control.pools_asked(conn, now) - await stock.generated(conn)
             self._leased = await stock.leased_ever(conn)
             metrics.catalogue_stored.labels(str(self._scripts.partition)).set(await control.version(conn))
-        for pool, codes in self._left.items():
-            metrics.stock_codes.labels(pool).set(codes)
+        metrics.set_by_pool(metrics.stock_codes, self._left)
 
     async def _look_at_both(self) -> str:
         partition, older = str(self._scripts.partition), ""
@@ -145,12 +144,14 @@ class Watch:
         while len(self._gone) > 1 and now - self._gone[1][0] >= BURN_S:
             self._gone.popleft()
         then, _, before = self._gone[0]
+        empty_in: dict[str, float] = {}
         for pool, codes in gone.items():
             burnt = codes - before.get(pool, codes)
             burns = burnt > 0 and now > then and pool in self._asked
             codes_left = self._left.get(pool, 0) + held.windows[pool].length
             seconds = codes_left * (now - then) / burnt if burns else math.inf
-            metrics.pool_empty_in_seconds.labels(pool).set(seconds if codes_left or pool not in self._asked else 0.0)
+            empty_in[pool] = seconds if codes_left or pool not in self._asked else 0.0
+        metrics.set_by_pool(metrics.pool_empty_in_seconds, empty_in, min)
 
     async def _count(self, generation: int, held: Books | None) -> None:
         partition = self._scripts.partition
@@ -160,11 +161,8 @@ class Watch:
                 lost[one.pool] += one.codes
             in_ledger = (await books.accounted(conn, partition, generation)).codes
             in_stock = sum(abs(one.difference) for one in await books.stock_balance(conn))
-        for pool in self._quarantined - lost.keys():  # withdrawn, returned or adopted since
-            metrics.quarantined_codes.labels(pool).set(0)
-        for pool, codes in lost.items():
-            metrics.quarantined_codes.labels(pool).set(codes)
-        self._quarantined |= lost.keys()
+        self._quarantined |= lost.keys()  # of those that it lacks all were withdrawn, returned or adopted since
+        metrics.set_by_pool(metrics.quarantined_codes, {pool: lost[pool] for pool in sorted(self._quarantined)})
         difference = metrics.conservation_difference
         difference.labels(str(partition), "stock").set(in_stock)
         again = await self._scripts.books([], generation=generation)

@@ -121,6 +121,14 @@ def test_every_metric_is_documented_and_no_other() -> None:
     assert sorted(listed) == sorted([name, kind, help_] for name, kind, help_ in metrics.declared())
 
 
+def test_the_bound_on_series_that_is_stated_is_that_of_the_codes_and_names_there_are() -> None:
+    stated = " ".join((ROOT / "docs" / "metrics.md").read_text().split())
+    codes = len({*PROBLEMS, *(one.code for one in REFUSALS.values()), "issued", "replayed"})
+    names = metrics.NAMES_MAX + 1
+    assert f"one of the {codes} that there are" in stated
+    assert f"at most 2 × {names:,} × {codes} = {2 * names * codes:,} such series" in stated
+
+
 def test_every_check_is_documented_and_no_other() -> None:
     listed = rows((ROOT / "docs" / "operations.md").read_text(), "check")
     assert listed == [

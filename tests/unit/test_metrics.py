@@ -34,7 +34,7 @@ slowest = 0.0
 for _ in range(2):
     for number in range(metrics.NAMES_MAX):
         for code in {CODES}:
-            tally.count(200, code, 0.001, f"DISTRIBUTOR-{{number}}", f"CAMPAIGN-{{number}}")
+            tally.count(200, code, 0.001, f"DISTRIBUTOR-{{number}}", f"CAMPAIGN-{{number}}", issued=code == "issued")
     more = True
     while more:
         began = time.thread_time()
@@ -66,11 +66,12 @@ for _ in range(3):
 @pytest.fixture
 def names() -> Iterator[None]:
     """No name was met before, and afterwards none."""
-    metrics._distributors.clear()
-    metrics._campaigns.clear()
+    kinds = (metrics._distributors, metrics._campaigns, metrics._pools)
+    for known in kinds:
+        known.clear()
     yield
-    metrics._distributors.clear()
-    metrics._campaigns.clear()
+    for known in kinds:
+        known.clear()
 
 
 def value(name: str, **labels: str) -> float:
@@ -106,6 +107,42 @@ def test_names_beyond_the_bound_make_no_new_series(names: None, monkeypatch: pyt
     }
     assert counted == {"BOUND-1": 2, "BOUND-2": 1, metrics.OTHERS: 2}
     assert value("voucherd_campaign_requests_total", campaign=metrics.OTHERS, code="bounded") == 2
+
+
+def test_vouchers_are_counted_by_campaign_and_none_of_a_replay(names: None) -> None:
+    tally = metrics.Tally("vouchers")
+    tally.count(200, "issued", 0.001, "D", "VOUCHERS-1", issued=20)
+    tally.count(207, "207-762", 0.001, "D", "VOUCHERS-1", issued=3)
+    tally.count(200, "replayed", 0.001, "D", "VOUCHERS-1")
+    tally.count(200, "issued", 0.001, "D", "VOUCHERS-2", issued=1)
+    tally.flush()
+    tally.flush()
+    assert value("voucherd_campaign_vouchers_issued_total", campaign="VOUCHERS-1") == 23
+    assert value("voucherd_campaign_vouchers_issued_total", campaign="VOUCHERS-2") == 1
+
+
+def test_pools_beyond_the_bound_share_a_series(names: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest of what runs out, so that an alert still comes; the sum of what is counted."""
+    monkeypatch.setattr(metrics, "NAMES_MAX", 2)
+    metrics.set_by_pool(metrics.stock_codes, {"BOUND-A": 1, "BOUND-B": 2, "BOUND-C": 3, "BOUND-D": 4})
+    metrics.set_by_pool(metrics.pool_empty_in_seconds, {"BOUND-A": 9, "BOUND-D": 4, "BOUND-C": 7}, min)
+    metrics.set_of_pool(metrics.stock_codes, "BOUND-A", 5)
+    metrics.set_of_pool(metrics.stock_codes, "BOUND-D", 50)
+    before = value("voucherd_leased_codes_total", pool=metrics.OTHERS)
+    metrics.leased_by_pool("BOUND-C", 6)
+
+    def by_pool(name: str) -> dict[str, float]:
+        return {
+            sample.labels["pool"]: sample.value
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name == name and (sample.labels["pool"] == metrics.OTHERS or "BOUND-" in sample.labels["pool"])
+        }
+
+    assert by_pool("voucherd_stock_codes") == {"BOUND-A": 5, "BOUND-B": 2, metrics.OTHERS: 7}
+    assert by_pool("voucherd_pool_empty_in_seconds") == {"BOUND-A": 9, metrics.OTHERS: 4}
+    assert value("voucherd_leased_codes_total", pool=metrics.OTHERS) == before + 6
+    assert by_pool("voucherd_leased_codes_total").keys() == {metrics.OTHERS}
 
 
 def test_refused_credentials_are_counted_and_name_nobody(names: None) -> None:
