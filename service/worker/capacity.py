@@ -20,7 +20,7 @@ from service.worker.runner import FLUSH_S
 Server = Literal["valkey", "redis"]
 
 DAY_S: Final = 86_400
-NOOP_US: Final = 26.7
+NOOP_US: Final = 28.1
 
 
 class Factor(msgspec.Struct, frozen=True):
@@ -37,11 +37,11 @@ _FACTORS: Final = (
     Factor("replay record, Redis 7", 241, "bytes", "make bench-memory"),
     Factor("code in a window, Valkey 9", 42, "bytes", "make bench-memory"),
     Factor("code in a window, Redis 7", 52, "bytes", "make bench-memory"),
-    Factor("voucher, serving process", 29.7, "us of CPU", "make bench"),
-    Factor("voucher, Redis with appendfsync always", 21.2, "us of CPU", "make bench"),
-    Factor("voucher, worker: flush", 14.5, "us of CPU", "make bench-flush"),
+    Factor("voucher, serving process", 28.5, "us of CPU", "make bench"),
+    Factor("voucher, Redis with appendfsync always", 20.5, "us of CPU", "make bench"),
+    Factor("voucher, worker: flush", 15.0, "us of CPU", "make bench-flush"),
     Factor("voucher, worker: lease", 7.0, "us of CPU", "docs/performance.md, What paid"),
-    Factor("voucher, PostgreSQL", 14.5, "us of CPU", "make bench-flush"),
+    Factor("voucher, PostgreSQL", 12.6, "us of CPU", "make bench-flush"),
     Factor("calls of the issue script", 520, "a second and serving process at most", "make bench"),
     Factor("voucher in the ledger, PostgreSQL", 665, "bytes", "make bench-recover"),
     Factor("replay record in a rewritten append-only file", 124, "bytes", "make bench-memory"),
