@@ -156,4 +156,4 @@ def test_the_postman_collection_is_that_of_this_version() -> None:
 
 
 def test_the_grafana_dashboard_is_that_of_this_version() -> None:
-    assert json.loads((ROOT / "deploy" / "grafana" / "voucherd.json").read_text()) == dashboard.dashboard()
+    assert (ROOT / "deploy" / "grafana" / "voucherd.json").read_text() == dashboard.text()
