@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +23,8 @@ from service.worker.status import PartitionStatus, PoolStatus, Status
 
 # Seconds between two looks of --watch: each asks the store for the vouchers of the last minute.
 EVERY_S: Final = 2.0
+
+POOLS_SHOWN: Final = 50  # of an installation that has thousands those that need somebody are on the screen
 
 
 def status(
@@ -89,13 +93,21 @@ def _page(found: Status) -> RenderableType:
     head["quarantine"] = f"{found.quarantined:,} codes"
     parts: list[RenderableType] = [facts(head)]
     numbers = ["in stock", "in window", "low water", "a minute", "quarantine"]
-    parts.append(
-        table(["pool", *numbers, "empty in"], [_row(one) for one in found.pools], numbers=numbers, whole=["empty in"])
-    )
+    pools = sorted(found.pools, key=_urgency)
+    rows = [_row(one) for one in pools[:POOLS_SHOWN]]
+    parts.append(table(["pool", *numbers, "empty in"], rows, numbers=numbers, whole=["empty in"]))
+    if len(pools) > POOLS_SHOWN:
+        parts.append(Text(f"and {len(pools) - POOLS_SHOWN:,} pools more, with longer to go: --json has all of them"))
     if found.newest_incidents:
-        rows = [(instant(one.raised_at), one.kind, one.subject, one.detail) for one in found.newest_incidents]
-        parts.append(table(["raised at", "incident", "where", "detail"], rows))
+        incidents = [(instant(one.raised_at), one.kind, one.subject, one.detail) for one in found.newest_incidents]
+        parts.append(table(["raised at", "incident", "where", "detail"], incidents))
     return Group(*parts)
+
+
+def _urgency(pool: PoolStatus) -> tuple[float, str]:
+    """Pools that are asked first, by when they will be empty; then those that are empty; then the rest."""
+    idle = sys.maxsize if pool.exhausted else math.inf
+    return idle if pool.empty_in_s is None else pool.empty_in_s, pool.pool
 
 
 def _row(pool: PoolStatus) -> tuple[object, ...]:

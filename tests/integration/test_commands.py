@@ -344,6 +344,23 @@ def test_status_shows_the_burn_rate_and_when_the_pool_is_empty(store: OnStage, t
     assert max(map(len, shown.splitlines())) <= 90
 
 
+def test_status_shows_the_pools_that_need_somebody_and_says_how_many_more_there_are(
+    store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stocked(tmp_path)
+    for number in range(3):
+        ok("pool", "create", f"AAA-{number}")
+    store(three_issued)
+    monkeypatch.setattr("service.cli.status.POOLS_SHOWN", 1)
+    shown = ok("status").stdout
+    assert "CAMP-001" in shown, "the one that is asked, not the first by name"
+    assert "AAA-" not in shown
+    assert "and 3 pools more" in shown
+    assert [pool["pool"] for pool in orjson.loads(ok("status", "--json").stdout)["pools"]] == [
+        "AAA-0", "AAA-1", "AAA-2", "CAMP-001",
+    ]  # fmt: skip
+
+
 def test_status_that_watches_goes_on_until_it_is_interrupted(
     store: OnStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
