@@ -14,7 +14,7 @@ TEST_TMPDIR ?= $(shell test $$(df --output=avail -k /dev/shm 2>/dev/null | tail 
 SECRETS ?= deploy/secrets
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lua bench bench-flush bench-import bench-memory bench-outbox bench-recover \
+.PHONY: help install run test check lua alerts bench bench-flush bench-import bench-memory bench-outbox bench-recover \
 	bench-scale bench-script chaos chaos-import chaos-rows chaos-whole compare-install dashboard loadtest manifests \
 	mutations postman rolling secrets sim
 
@@ -111,6 +111,9 @@ mutations: install ## six faults in our own code, each of which must make its te
 
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)
+
+alerts: install ## deploy/kubernetes/alerts.yaml: the PrometheusRule, from the rules as they are
+	$(BIN)/python -m deploy.kubernetes.alerts > deploy/kubernetes/alerts.yaml
 
 dashboard: install ## deploy/grafana/voucherd.json: the Grafana dashboard, from the metrics as they are
 	$(BIN)/python -m deploy.grafana.dashboard > deploy/grafana/voucherd.json

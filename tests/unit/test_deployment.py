@@ -23,6 +23,7 @@ import dockerfile
 import pytest
 import yaml
 
+from deploy.kubernetes import alerts
 from service import __version__, keyring
 from service.errors import Misconfigured
 from service.settings import PREFIX, SECRETS, Settings, load
@@ -224,6 +225,18 @@ def test_ops_ports_are_for_prometheus_alone() -> None:
     }
 
 
+# --- alerts
+
+
+def test_nobody_on_kubernetes_is_woken_by_other_rules() -> None:
+    assert (KUBERNETES / "alerts.yaml").read_text() == alerts.prometheus_rule(), "`make alerts` makes it"
+    (rule,) = _kind("PrometheusRule").values()
+    rules = alerts.RULES.read_text()
+    assert rule["spec"] == yaml.safe_load(rules)
+    jobs = {job for jobs in re.findall(r'\bjob=~?"([^"]+)"', rules) for job in jobs.split("|")}
+    assert jobs == _kind("PodMonitor").keys() == {job["job_name"] for job in PROMETHEUS["scrape_configs"]}
+
+
 # --- how processes run
 
 
@@ -397,11 +410,11 @@ def test_kubernetes_takes_its_files(version: str) -> None:
 
     held = []
     for one in RESOURCES:
-        if one["kind"] != "PodMonitor":
+        if not one["apiVersion"].startswith("monitoring.coreos.com/"):
             kubernetes_validate.validate(one, version, strict=True)
             held.append(one["kind"])
     assert len(held) >= 10
-    print(f"held against the schemas of Kubernetes {version}: {', '.join(held)}; PodMonitor has none there")
+    print(f"held against the schemas of Kubernetes {version}: {', '.join(held)}")
     wrong = json.loads(json.dumps(_kind("Deployment")["voucherd-serve"]))
     wrong["spec"]["template"]["spec"]["containers"][0]["readinessPorbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
