@@ -102,7 +102,7 @@ secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, 
 		$(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets; }
 	@chmod 444 $(SECRETS)/*  # a container's user is another one; the directory is closed
 
-manifests: install ## deploy/kubernetes held against the schemas of Kubernetes, which are installed for it
+manifests: install ## deploy/kubernetes held against schemas and put together by kustomize, all installed for it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deploy]'
 	$(BIN)/python -m pytest tests/unit/test_deployment.py $(ARGS)
 
