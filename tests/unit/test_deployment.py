@@ -476,6 +476,26 @@ def test_kustomize_puts_it_together(kubectl: str) -> None:
             assert any(wanted.items() <= found.items() for found in labels), one["metadata"]["name"]
 
 
+def test_an_overlay_by_the_runbook_gives_every_alert_a_link_and_the_operator_its_label(
+    kubectl: str, tmp_path: Path
+) -> None:
+    (said,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "runbook.md").read_text(), re.DOTALL)
+    base = os.path.relpath(KUBERNETES, tmp_path.resolve())
+    (tmp_path / "kustomization.yaml").write_text(said.replace("../deploy/kubernetes", base))
+    made = _kustomize(kubectl, tmp_path)
+    for one in made:
+        assert one["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    (rule,) = (one for one in made if one["kind"] == "PrometheusRule")
+    links = {one["alert"]: one["annotations"]["runbook_url"] for one in _alerts(rule["spec"])}
+    assert links.keys() == {one["alert"] for one in _alerts(_kind("PrometheusRule")["voucherd"]["spec"])}
+    (address,) = re.findall(r"address=([^\"]+)", said)
+    assert links == {name: f"{address}#{name.lower()}" for name in links}
+
+
+def _alerts(rules: dict[str, Any]) -> list[dict[str, Any]]:
+    return [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+
+
 # --- users of Redis
 
 
