@@ -21,7 +21,8 @@ from tests.acceptance.service import Service
 from tests.acceptance.test_loadtest import loadtest
 from tests.acceptance.test_up import until
 
-PROMETHEUS = Path(__file__).parents[2] / "deploy" / "prometheus"
+DEPLOY = Path(__file__).parents[2] / "deploy"
+PROMETHEUS = DEPLOY / "prometheus"
 SPAN = "[20s]"  # what Grafana would put in for a scrape every second, and a little more for a busy machine
 PANELS_S = 30.0  # until every panel has data, after a load test
 # What fires, or is about to, when sixty codes are given and ten more are wanted, and something was just published.
@@ -33,11 +34,16 @@ STORM_CODES = 20  # so few that a retry storm can't come to its objective
 
 
 class Prometheus:
-    """One that scrapes ``serve`` and ``work`` every second by the configuration that is shipped."""
+    """One that scrapes ``serve`` and ``work`` every second by the configuration that is shipped, but for addresses."""
 
-    def __init__(self, program: str, directory: Path, **targets: int) -> None:
+    def __init__(
+        self, program: str, directory: Path, *, runbook: str = "", alertmanager: int = 0, **targets: int
+    ) -> None:
         configured = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-        configured["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        configured["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        configured["global"]["external_labels"]["voucherd_runbook"] = runbook
+        (listed,) = configured["alerting"]["alertmanagers"]
+        listed["static_configs"] = [{"targets": [f"127.0.0.1:{alertmanager}"] if alertmanager else []}]
         configured["rule_files"] = [str(PROMETHEUS / name) for name in configured["rule_files"]]
         for job in configured["scrape_configs"]:
             job["static_configs"] = [{"targets": [f"127.0.0.1:{targets[job['job_name']]}"]}]
@@ -46,8 +52,7 @@ class Prometheus:
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api/v1/", trust_env=False)
         with (directory / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [program, f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
-                 f"--web.listen-address=127.0.0.1:{self.port}"],
+                [program, *flags("prometheus", directory), f"--web.listen-address=127.0.0.1:{self.port}"],
                 stdout=log, stderr=log,
             )  # fmt: skip
 
@@ -65,6 +70,14 @@ class Prometheus:
         """What an expression gives now."""
         found = self.get("query", query=expression)["result"]
         return [float(one["value"][1]) for one in found]
+
+
+def flags(service: str, directory: Path) -> list[str]:
+    """Those of ``deploy/compose.yaml``, with configuration and data in a directory."""
+    said = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"][service]["command"]
+    return [
+        one.replace(f"=/etc/{service}/", f"={directory}/").replace(f"=/{service}", f"={directory}/data") for one in said
+    ]
 
 
 @pytest.fixture

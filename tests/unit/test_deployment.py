@@ -221,6 +221,7 @@ def test_ops_ports_are_for_prometheus_alone() -> None:
     assert {name for name, one in SERVICES.items() if "outside" in one["networks"]} == {
         "serve",
         "prometheus",
+        "alertmanager",
         "grafana",
     }
 
@@ -235,6 +236,18 @@ def test_nobody_on_kubernetes_is_woken_by_other_rules() -> None:
     assert rule["spec"] == yaml.safe_load(rules)
     jobs = {job for jobs in re.findall(r'\bjob=~?"([^"]+)"', rules) for job in jobs.split("|")}
     assert jobs == _kind("PodMonitor").keys() == {job["job_name"] for job in PROMETHEUS["scrape_configs"]}
+
+
+def test_no_alert_is_sent_where_nobody_listens() -> None:
+    (listed,) = PROMETHEUS["alerting"]["alertmanagers"]
+    assert listed == {"static_configs": [{"targets": ["alertmanager:9093"]}]}
+    alertmanager = SERVICES["alertmanager"]
+    assert alertmanager["ports"] == ["127.0.0.1:9093:9093"], "and it listens at its default port"
+    assert not [word for word in alertmanager["command"] if word.startswith("--web.listen-address")]
+    assert "127.0.0.1:9093/" in alertmanager["healthcheck"]["test"][-1]
+    assert set(alertmanager["networks"]) == {"inside", "outside"}, "from Prometheus to whoever is told"
+    (mounted,) = re.findall(r"--config.file=(\S+)", " ".join(alertmanager["command"]))
+    assert f"./alertmanager/alertmanager.yml:{mounted}:ro" in alertmanager["volumes"]
 
 
 # --- how processes run
