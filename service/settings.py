@@ -125,6 +125,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """log lines: `json`, one object each, or `console`, for people"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """lowest level of log lines that are written: `debug`, `info`, `warning` or `error`"""
+    actor: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z", examples=["alice"])] = ""
+    """who types a command, where all have one user of the system; the audit log names both"""
     otel: bool = False
     """`true`: spans by OpenTelemetry, set up by its own OTEL_… variables (docs/logs.md); needs `voucherd[otel]`"""
 

@@ -20,7 +20,9 @@ def audit_log(
     since: Annotated[
         str | None, typer.Option(metavar="T", help="A day (its start in UTC) or a time.", show_default="all")
     ] = None,
-    actor: Annotated[str | None, typer.Option(metavar="USER", help="Who did it.", show_default=False)] = None,
+    actor: Annotated[
+        str | None, typer.Option(metavar="USER", help="Who did it, by user or by VOUCHERD_ACTOR.", show_default=False)
+    ] = None,
     action: Annotated[
         str | None, typer.Option(metavar="WHAT", help='What was done: "campaign pause".', show_default=False)
     ] = None,

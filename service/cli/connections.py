@@ -32,6 +32,12 @@ class Connected(msgspec.Struct, frozen=True):
     database: Database
     scripts: Scripts
 
+    @property
+    def actor(self) -> str:
+        """Who runs this command, for the audit log: the user that the process belongs to, whatever the environment
+        says; what it says by VOUCHERD_ACTOR, which nobody can check, goes before that."""
+        return f"{self.settings.actor} ({_user()})" if self.settings.actor else _user()
+
 
 @asynccontextmanager
 async def connected(
@@ -66,7 +72,7 @@ async def put_in_force(
 ) -> None:
     """``edit`` is made, ``told`` has its result, and the command ends: with 0 if the change is in force everywhere."""
     published = await change(
-        here.database, here.scripts, edit, actor=actor(), action=action, subject=subject, detail=detail
+        here.database, here.scripts, edit, actor=here.actor, action=action, subject=subject, detail=detail
     )
     told(published.result)
     if published.unreached:
@@ -77,8 +83,7 @@ async def put_in_force(
         raise typer.Exit(1)
 
 
-def actor() -> str:
-    """Who runs this command, for the audit log: the user that the process belongs to, whatever the environment says."""
+def _user() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # a container without a passwd entry

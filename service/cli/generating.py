@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, Tex
 from rich.progress import Progress as Bar
 
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import complain, instant, print_json, print_table, say
 from service.cli.imports import INTERRUPTED
 from service.errors import Misconfigured
@@ -93,7 +93,7 @@ def generate(
         async with connected(data_dir) as here:
             return await generate_codes(
                 here.database, here.scripts, pool, count, wanted, expires_at=expires_at, import_id=import_id,
-                listener=terminal, actor=actor(),
+                listener=terminal, actor=here.actor,
             )  # fmt: skip
 
     try:

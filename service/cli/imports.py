@@ -23,7 +23,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import complain, print_json, print_table, say
 from service.errors import Misconfigured
 from service.store.stock import Refused
@@ -128,7 +128,7 @@ async def _import(
             )
         return await import_codes(
             here.database, here.scripts, pool, codes.rows(), import_id=import_id, content=codes.id, listener=terminal,
-            actor=actor(),
+            actor=here.actor,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import typer
 
 from service import zones
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import complain, print_json, print_table, progress_bar, say
 from service.store import control, register
 from service.store.ledger import Wanted
@@ -143,12 +143,12 @@ def reconcile(
             if return_unseen is not None:
                 back = Back(
                     here.database, here.scripts, return_unseen, whose, wanted.until,
-                    reason=reason, actor=actor(), rehearse=not yes,
+                    reason=reason, actor=here.actor, rehearse=not yes,
                 )  # fmt: skip
             adoption = None
             if adopt is not None:
                 adoption = Adoption(
-                    here.database, here.scripts, adopt, whose[0], reason=reason, actor=actor(), rehearse=not yes
+                    here.database, here.scripts, adopt, whose[0], reason=reason, actor=here.actor, rehearse=not yes
                 )
             with progress_bar("lines looked at") as progress:
                 done = await reconciling.reconcile(
@@ -159,7 +159,7 @@ def reconcile(
                 told = ", ".join(f"{done.of(one)} {_told(one)}" for one in OUTCOMES)
                 detail = f"file {partner.id[:16]}, {done.lines} lines: {told}"
                 await control.log(
-                    conn, actor=actor(), action="reconcile", subject=names, detail=detail, now=int(time.time())
+                    conn, actor=here.actor, action="reconcile", subject=names, detail=detail, now=int(time.time())
                 )
             return done
 

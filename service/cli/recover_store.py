@@ -11,7 +11,7 @@ import typer
 
 from service import keyring
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import complain, instant, print_facts, print_json, print_table, progress_bar, say, shown
 from service.identity import NO_KEYS
 from service.store.recreation import Moved
@@ -61,7 +61,7 @@ def recover_store(
                     here.database, here.scripts, flush, outbox_max=here.settings.outbox_max, retention_s=retention_s
                 )
                 return await repairing.repair(
-                    here.database, here.scripts, flush, recover, ids=ids, actor=actor(), told=told
+                    here.database, here.scripts, flush, recover, ids=ids, actor=here.actor, told=told
                 )
 
     done = asyncio.run(run())

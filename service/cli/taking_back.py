@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import complain, print_facts, print_json, say
 from service.worker import taking_back
 from service.worker.generating import Fill
@@ -46,7 +46,7 @@ def take_back(
             )  # fmt: skip
             return await taking_back.take_back(
                 here.database, here.scripts, refill, pool,
-                reason=reason, actor=actor(), outbox_max=here.settings.outbox_max,
+                reason=reason, actor=here.actor, outbox_max=here.settings.outbox_max,
             )  # fmt: skip
 
     done = asyncio.run(run())

@@ -11,7 +11,7 @@ from uuid import UUID
 import typer
 
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import instant, print_facts, print_json, say
 from service.domain import Terms
 from service.store import vouchers
@@ -82,7 +82,7 @@ def _change(id: str, what: Change, as_json: bool, data_dir: Path | None, remaini
 
     async def run() -> Held:
         async with connected(data_dir) as here, here.database.write() as conn:
-            return await vouchers.change(conn, wanted, what, now, actor=actor(), remaining=remaining)
+            return await vouchers.change(conn, wanted, what, now, actor=here.actor, remaining=remaining)
 
     after = asyncio.run(run())
     if as_json:

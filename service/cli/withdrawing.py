@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from service.cli import options
-from service.cli.connections import actor, connected
+from service.cli.connections import connected
 from service.cli.console import complain, print_facts, print_json
 from service.worker.codes_file import CodesFile
 from service.worker.generating import Fill
@@ -55,7 +55,7 @@ def withdraw(
                 fill=Fill(here.database, here.scripts),  # without it a generated pool might be called exhausted
             )  # fmt: skip
             return await withdraw_from(
-                here.database, here.scripts, refill, pool, named=named, lot=lot, reason=reason, actor=actor()
+                here.database, here.scripts, refill, pool, named=named, lot=lot, reason=reason, actor=here.actor
             )
 
     done = asyncio.run(run())

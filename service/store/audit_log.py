@@ -47,11 +47,15 @@ async def newest_first(
     subject: str | None = None,
     limit: int,
 ) -> list[Change]:
-    """At most ``limit`` changes at ``since`` (Unix seconds) or later that fit all that is given."""
+    """At most ``limit`` changes at ``since`` (Unix seconds) or later that fit all that is given.  ``actor`` is a
+    user of the system, or who somebody said to be: what he did is under ``<who> (<user>)``."""
     wanted = _changes().where(audit_log.c.at >= since).order_by(audit_log.c.id.desc()).limit(limit)
-    for name, value in (("actor", actor), ("action", action), ("subject", subject)):
+    for name, value in (("action", action), ("subject", subject)):
         if value is not None:
             wanted = wanted.where(audit_log.c[name] == value)
+    if actor is not None:
+        by = audit_log.c.actor
+        wanted = wanted.where((by == actor) | by.startswith(f"{actor} (", autoescape=True))
     return [Change(*row) for row in await conn.execute(wanted)]
 
 

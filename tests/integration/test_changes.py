@@ -73,6 +73,24 @@ def test_a_change_is_one_line_with_who_what_on_which_object_and_what_came_of_it(
     assert "refused" in table.stdout and "pool create" in " ".join(table.stdout.split())
 
 
+def test_who_somebody_says_to_be_never_hides_the_user_that_it_was(
+    store: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by(*options: str) -> list[str]:
+        return [one["actor"] for one in json.loads(ok("audit-log", *options, "--json").stdout)]
+
+    user = pwd.getpwuid(os.getuid()).pw_name
+    ok("distributor", "create", "DIST-001")
+    monkeypatch.setenv("VOUCHERD_ACTOR", "alice")
+    ok("distributor", "create", "DIST-002")
+    assert by() == [f"alice ({user})", user]
+    for said in ("alice", f"alice ({user})"):
+        assert by("--actor", said) == [f"alice ({user})"]
+    assert by("--actor", user) == [user]
+    for nobody in ("ali", "al_ce", "%", f"({user})"):
+        assert by("--actor", nobody) == []
+
+
 def test_a_token_typed_in_the_place_of_a_name_is_not_kept(store: OnStage) -> None:
     refused("distributor", "suspend", new_token(), says="there is no distributor")
     shown = ok("audit-log", "--json").stdout

@@ -72,6 +72,13 @@ def test_production_is_said_in_a_word(said: str, means: bool) -> None:
         load(environment(production="perhaps"))
 
 
+@pytest.mark.parametrize("said", ["two words", "a\nb", "a\x00", "ä", "a" * 65])
+def test_who_types_is_one_word_of_a_log(said: str) -> None:
+    assert load(environment(actor="alice@example.com")).actor == "alice@example.com"
+    with pytest.raises(Misconfigured, match="VOUCHERD_ACTOR"):
+        load(environment(actor=said))
+
+
 def test_defaults_agree_with_each_other() -> None:
     assert load({}) == Settings().checked()
 
@@ -121,7 +128,7 @@ WRONG = {
     "store_outage_s": "0", "outbox_bytes": "1", "replay_retention_s": "100", "queue_max": "1", "deadline_ms": "1",
     "redis_timeout_ms": "2000", "receive_timeout_ms": "1", "drain_s": "0",
     "restart_in_place": {"restart_in_place": "true", "accept": "replicas"}, "production": "perhaps", "accept": "fsnyc",
-    "log_format": "xml", "log_level": "loud", "otel": "perhaps",
+    "log_format": "xml", "log_level": "loud", "actor": "two words", "otel": "perhaps",
 }  # fmt: skip
 # Refusals besides.
 WRONG_TOO = (
