@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: one for name, one in SERVICES.items() if one["image"] == IMAGE}
 PROMETHEUS = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
 BUILT = dockerfile.parse_file(str(DEPLOY / "Dockerfile"))
+(BASE,) = (one.value[0].removeprefix("BASE=") for one in BUILT if one.cmd == "ARG" and one.value[0].startswith("BASE="))
 LAST_STAGE = BUILT[max(number for number, one in enumerate(BUILT) if one.cmd == "FROM") :]
 KUSTOMIZATION = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
 
@@ -334,9 +336,18 @@ def _seconds(text: str) -> int:
 
 
 def test_every_image_is_pinned_and_of_no_particular_registry() -> None:
-    images = [one["image"] for one in SERVICES.values()] + [one.value[0] for one in BUILT if one.cmd == "FROM"]
-    for image in images:
-        assert re.fullmatch(r"[a-z]+(/[a-z]+)?:v?\d+\.\d+[\w.-]*", image), image
+    assert {one.value[0] for one in BUILT if one.cmd == "FROM"} == {"${BASE}"}, "one base, which a build may replace"
+    for image in [one["image"] for one in SERVICES.values()] + [BASE]:
+        assert re.fullmatch(r"[a-z]+(/[a-z]+)?:v?\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?", image), image
+    assert "@sha256:" in BASE
+
+
+def test_extras_of_the_image_are_those_of_the_package() -> None:
+    assert [one.value[0] for one in BUILT if one.cmd == "ARG"] == [f"BASE={BASE}", "EXTRAS="]
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [(DEPLOY / "Dockerfile").read_text(), *((ROOT / name).read_text() for name in DOCUMENTS)]
+    named = {extra for text in texts for extra in re.findall(r"--build-arg EXTRAS=(\w+)", text)}
+    assert named == {"otel"} <= known.keys()
 
 
 def test_what_is_copied_or_mounted_is_there() -> None:
@@ -359,31 +370,31 @@ def test_what_is_copied_or_mounted_is_there() -> None:
         assert f"/etc/prometheus/{rules}" in mounted
 
 
+def make_secrets(folder: Path) -> dict[str, str]:
+    """What `make secrets` makes, with the environment that runs this test: nothing is to be installed for it."""
+    subprocess.run(
+        ["make", "--assume-old=.venv/.installed", "secrets", f"SECRETS={folder}",
+         f"BIN={Path(sys.executable).parent}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")},
+    )  # fmt: skip
+    return {file.name: file.read_text().strip() for file in folder.iterdir()}
+
+
 def test_all_secrets_are_made_by_make_and_none_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
-
-    def make() -> dict[str, str]:
-        """With the environment that runs this test: nothing is to be installed for it."""
-        subprocess.run(
-            ["make", "--assume-old=.venv/.installed", "secrets", f"SECRETS={folder}",
-             f"BIN={Path(sys.executable).parent}"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-            env={name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")},
-        )  # fmt: skip
-        return {file.name: file.read_text().strip() for file in folder.iterdir()}
-
-    made = make()
+    made = make_secrets(folder)
     assert made.keys() == {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
     assert len(set(made.values())) == len(made)
     assert all(len(text) >= 16 for text in made.values()), "deploy/redis/start.sh takes no shorter one"
     assert folder.stat().st_mode & 0o077 == 0
     keyring.load(folder / "voucherd_secrets")
-    assert make() == made
+    assert make_secrets(folder) == made
     cut_off = {"store_password", "voucherd_secrets"}
     for name in cut_off:
         (folder / name).unlink()
         (folder / name).touch(mode=0o444)
-    after = make()
+    after = make_secrets(folder)
     assert {name for name in made if after[name] != made[name]} == cut_off
     assert all(after.values())
     keyring.load(folder / "voucherd_secrets")
@@ -407,7 +418,8 @@ def test_an_upgrade_applies_the_new_settings_before_the_first_pod_that_waits_for
 
 
 def test_compose_takes_its_file() -> None:
-    found = compose_spec.PyCompose.from_json(json.dumps(COMPOSE))
+    tags = re.sub(r"@sha256:[0-9a-f]{64}", "", json.dumps(COMPOSE))  # Compose takes both, and this parser one of them
+    found = compose_spec.PyCompose.from_json(tags)
     assert set(found.service_names()) == set(SERVICES)
     with pytest.raises(ValueError, match="read_onyl"):
         compose_spec.PyCompose.from_json(json.dumps({"services": {"x": {"image": "x", "read_onyl": True}}}))
