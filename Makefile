@@ -15,8 +15,8 @@ SECRETS ?= deploy/secrets
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua alerts bench bench-flush bench-import bench-memory bench-outbox bench-recover \
-	bench-scale bench-script chaos chaos-import chaos-rows chaos-whole compare-install dashboard loadtest manifests \
-	mutations postman rolling secrets sim
+	bench-scale bench-script chaos chaos-import chaos-rows chaos-whole compare-install dashboard image-test loadtest \
+	manifests mutations postman rolling secrets sim
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ chaos-whole: chaos-rows chaos ## each fault alone, then all at random
 
 rolling: install ## every process restarted under load, ten rounds (ARGS='--upgrade-from COMMIT': from an older version)
 	$(BIN)/python -m pytest tests/acceptance/test_rolling.py --restarts 10 -s $(ARGS)
+
+image-test: install ## the image built, and run as deploy/compose.yaml says, by docker or podman
+	$(BIN)/python -m pytest tests/acceptance/test_image.py --image -s $(ARGS)
 
 secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, made once
 	@mkdir -p -m 700 $(SECRETS)

@@ -44,6 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--chaos", choices=("short", "all"), default="short", help="rows of the table of faults: some, or all of them"
     )
+    parser.addoption("--image", action="store_true", help="build the image and run it, with docker or podman")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.image:
+        late = [item for item in items if item.get_closest_marker("image") is not None]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in late]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(config.option.seed)
     config.addinivalue_line("markers", "long: a fault that is tried with --chaos all only")
+    config.addinivalue_line("markers", "image: needs docker or podman; tried with --image only")
     config.addinivalue_line("markers", "stage(store): where faults of this file are tried, unless on all stages")
     config.addinivalue_line("markers", "leaves_keys: writes keys by hand that may stay without an expiry")
 

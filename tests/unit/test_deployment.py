@@ -2,7 +2,8 @@
 
 Read here by the parsers of Docker (deploy/Dockerfile) and of the Compose specification; held against the schemas of
 Kubernetes and of the Prometheus operator, and put together by kubectl's kustomize, where those are installed (``make
-manifests``).  No image is built or run by any test.
+manifests``).  The image is built and run by ``make image-test`` (tests/acceptance/test_image.py); no other one is, by
+any test.
 """
 
 from __future__ import annotations
