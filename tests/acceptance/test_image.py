@@ -22,9 +22,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.servers import postgres_binaries
+from loadtest.servers import postgres_binaries, until
 from service import __version__
-from tests.acceptance.test_up import until
 from tests.unit.test_deployment import BASE, DEPLOY, LAST_STAGE, ROOT, SERVICES, make_secrets
 
 pytestmark = pytest.mark.image

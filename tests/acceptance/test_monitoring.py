@@ -15,11 +15,10 @@ import pytest
 import yaml
 
 from deploy.grafana import dashboard
-from loadtest.servers import free_port
+from loadtest.servers import free_port, until
 from service import metrics
 from tests.acceptance.service import Service
 from tests.acceptance.test_loadtest import loadtest
-from tests.acceptance.test_up import until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"

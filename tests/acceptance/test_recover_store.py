@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-from loadtest.servers import PostgresServer
+from loadtest.servers import PostgresServer, until
 from tests.acceptance.service import Service
-from tests.acceptance.test_up import ROOT, until
+from tests.acceptance.test_up import ROOT
 
 ISSUED_SINCE = 1_000
 

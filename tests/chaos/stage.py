@@ -23,6 +23,7 @@ import psutil
 import redis
 from sqlalchemy.engine import make_url
 
+from loadtest import servers
 from loadtest.servers import PostgresServer, RedisServer, free_port
 from tests.acceptance.test_up import environment, voucherd
 from tests.chaos.client import Order, Plan, Progress, Source
@@ -41,7 +42,6 @@ REDIS_TIMEOUT_MS: Final = 2_000
 READY_S: Final = 60.0
 DRAIN_S: Final = 90.0  # after everything is healed, until all outboxes are empty
 STOP_S: Final = 30.0
-LOOK_S: Final = 0.02
 
 # A server started through this survives reaching a limit of file size, and sees a write that fails.
 UNLIMITED: Final = ("sh", "-c", 'trap "" XFSZ; exec "$@"', "sh")
@@ -234,11 +234,10 @@ class Load:
 
 def until(look: Callable[[], object], what: str, within_s: float = READY_S) -> None:
     """Returns once ``look`` is true.  Raises Stuck, saying ``what`` did not come."""
-    end = time.monotonic() + within_s
-    while not look():
-        if time.monotonic() > end:
-            raise Stuck(f"{what}: not within {within_s:g} s")
-        time.sleep(LOOK_S)
+    try:
+        servers.until(look, what, within_s)
+    except TimeoutError as late:
+        raise Stuck(str(late)) from None
 
 
 class Stage:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from loadtest.servers import free_port, wait_until
+from loadtest.servers import free_port, until
 
 pytestmark = pytest.mark.leaves_keys  # the compared services keep counters and an outbox of their own
 
@@ -90,7 +90,7 @@ def service(request: pytest.FixtureRequest, valkey_url: str, tmp_path: Path) -> 
             return False
 
     try:
-        wait_until(answers, f"an answer of {request.param}")
+        until(answers, f"an answer of {request.param}")
         with redis.Redis.from_url(valkey_url, decode_responses=True) as client:
             yield Service(url, client)
     finally:

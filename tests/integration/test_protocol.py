@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from loadtest.servers import wait_until
+from loadtest.servers import until
 from service.settings import Settings
 from service.web.app import App
 from service.web.incoming import BODY_MAX
@@ -81,7 +81,7 @@ class Running:
 
     def start(self) -> None:
         self._thread.start()
-        wait_until(lambda: self.server.started, "the start of the server")
+        until(lambda: self.server.started, "the start of the server")
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -231,9 +231,9 @@ def test_client_that_hangs_up_before_its_answer_holds_no_drain_up() -> None:
     with server.held():
         with server.client() as client:
             client.send(request())
-            wait_until(lambda: len(server.issuer.asked) == 1, "the request")
+            until(lambda: len(server.issuer.asked) == 1, "the request")
             client.reset()
-        wait_until(lambda: not server.server.server_state.connections, "the end of the connection")
+        until(lambda: not server.server.server_state.connections, "the end of the connection")
     began = time.monotonic()
     server.stop()
     server.join()
@@ -279,7 +279,7 @@ def test_endless_pipeline_is_bounded(running: Running) -> None:
     with running.client() as client:
         with running.held():
             client.send(b"".join(request(f"req-{number}") for number in range(2 * PIPELINE_MAX)))
-            wait_until(lambda: len(running.issuer.asked) == 1, "the first request")
+            until(lambda: len(running.issuer.asked) == 1, "the first request")
         answers = [client.answer() for _ in range(PIPELINE_MAX + 2)]
         assert [answer.status for answer in answers] == [200] * (PIPELINE_MAX + 1) + [503]
         assert_problem(answers[-1], "overloaded")
@@ -303,7 +303,7 @@ def test_client_that_stops_sending_still_gets_its_answer(running: Running) -> No
         with running.held():
             client.send(request())
             client.socket.shutdown(socket.SHUT_WR)
-            wait_until(lambda: len(running.issuer.asked) == 1, "the request")
+            until(lambda: len(running.issuer.asked) == 1, "the request")
         assert client.answer().status == 200
         assert client.ended()
 
@@ -401,7 +401,7 @@ def test_malformed_request_never_takes_the_answer_of_the_one_before(running: Run
     with running.client() as client:
         with running.held():
             client.send(request("req-1") + request("req-2") + b"\x00\x00\r\n\r\n")
-            wait_until(lambda: len(running.issuer.asked) == 1, "the first request")
+            until(lambda: len(running.issuer.asked) == 1, "the first request")
         assert client.answer().content["request_id"] == "req-1"
         assert client.answer().content["request_id"] == "req-2"
         assert_problem(client.answer(), "malformed_request")
@@ -481,7 +481,7 @@ def test_slow_clients_are_closed_at_the_limit_while_others_are_served(running: R
             assert client.ended()
     assert time.monotonic() - began >= RECEIVE_TIMEOUT_S * 0.9
     assert running.ask(request()).status == 200
-    wait_until(lambda: not running.server.server_state.connections, "the end of all connections")
+    until(lambda: not running.server.server_state.connections, "the end of all connections")
 
 
 def test_dripping_never_extends_the_time_limit(running: Running) -> None:
@@ -503,7 +503,7 @@ def test_slow_answers_and_kept_connections_are_left_alone(running: Running) -> N
         began = time.monotonic()
         with running.held():
             slow.send(request())
-            wait_until(lambda: time.monotonic() - began > 2 * RECEIVE_TIMEOUT_S, "the time limit")
+            until(lambda: time.monotonic() - began > 2 * RECEIVE_TIMEOUT_S, "the time limit")
         assert slow.answer().status == 200
         assert kept.send(request()).answer().status == 200
 
@@ -538,7 +538,7 @@ def test_connections_over_the_limit_are_told_so_and_others_go_on(running: Runnin
     for client in kept:
         with client:
             assert client.send(request()).answer().status == 200
-    wait_until(lambda: len(running.server.server_state.connections) < CONNECTIONS_MAX, "a free connection")
+    until(lambda: len(running.server.server_state.connections) < CONNECTIONS_MAX, "a free connection")
     assert running.ask(request()).status == 200
 
 
@@ -572,11 +572,11 @@ def test_drain_answers_what_is_in_flight_and_closes_what_is_idle() -> None:
         with running.held():
             busy.send(request("req-1"))
             pipelined.send(request("req-3") + request("req-4"))
-            wait_until(lambda: len(running.issuer.asked) == 3, "the requests")
+            until(lambda: len(running.issuer.asked) == 3, "the requests")
             running.stop()
             assert idle.ended()
             half.send(data[-5:])
-            wait_until(lambda: len(running.issuer.asked) == 4, "the rest of a request")
+            until(lambda: len(running.issuer.asked) == 4, "the rest of a request")
         for client, key in ((busy, "req-1"), (half, "req-2"), (pipelined, "req-3"), (pipelined, "req-4")):
             answer = client.answer()
             assert (answer.status, answer.content["request_id"]) == (200, key)
@@ -593,7 +593,7 @@ def test_request_on_its_way_to_an_idle_connection_is_not_cut_by_a_drain() -> Non
     with running.client() as client:
         assert client.send(request()).answer().status == 200
         running.stop()
-        wait_until(lambda: running.draining(), "the drain")
+        until(lambda: running.draining(), "the drain")
         answer = client.send(request()).answer()
         assert answer.status == 200
         assert answer.headers["connection"] == "close"
@@ -607,7 +607,7 @@ def test_request_that_outlives_the_drain_is_told_so() -> None:
     running.issuer.gate = asyncio.Event()
     with running.client() as client:
         client.send(request())
-        wait_until(lambda: len(running.issuer.asked) == 1, "the request")
+        until(lambda: len(running.issuer.asked) == 1, "the request")
         running.stop()
         assert_problem(client.answer(), "draining")
     running.join()

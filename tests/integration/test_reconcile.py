@@ -17,7 +17,7 @@ import orjson
 import pytest
 from sqlalchemy import select
 
-from loadtest.servers import wait_until
+from loadtest.servers import until
 from service import keys
 from service.cli import reconcile as cli
 from service.domain import Record
@@ -288,11 +288,11 @@ def test_return_that_was_killed_half_way_loses_no_code_and_returns_none_twice(st
 
     store(lose)
     end = int(time.time()) + 1  # later than the loss
-    wait_until(lambda: time.time() > end, "the end of the second")
-    until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end))
+    until(lambda: time.time() > end, "the end of the second")
+    over = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end))
     received = _file(tmp_path, "code\n" + "".join(f"CODE-{number:04}\n" for number in range(4)))
     command = (
-        "reconcile", received, "--distributor", "DIST-001", "--until", until, "--return-unseen", "CAMP-001",
+        "reconcile", received, "--distributor", "DIST-001", "--until", over, "--return-unseen", "CAMP-001",
         "--reason", "lost", "--json", "--yes",
     )  # fmt: skip
     (tmp_path / "stock-before").touch()

