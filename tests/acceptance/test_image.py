@@ -59,9 +59,10 @@ class Engine:
 
     def start(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
         """A container, running; its id."""
-        done = self("run", "--detach", "--network", self.network, *options, image, *command)
-        self.made.append(done.stdout.split()[-1])
-        return self.made[-1]
+        made = self("create", "--network", self.network, *options, image, *command).stdout.split()[-1]
+        self.made.append(made)
+        self("start", made)
+        return made
 
     def execute(
         self, container: str, *command: str, ok: bool = True, options: Sequence[str] = (), stdin: str | None = None
