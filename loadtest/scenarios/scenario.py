@@ -221,11 +221,11 @@ _SCENARIOS: Final = (
     ),
     Scenario(
         name="retry-storm",
-        about="a third of the users wait a millisecond, give up and ask again at once with the same key, three times, "
-        "before they wait like the others",
+        about="a third of the users wait a fifth of a millisecond, give up and ask again at once with the same key, "
+        "three times, before they wait like the others",
         parts=(
             Part(name="patient", share=2, rate=3),
-            Part(name="hasty", share=1, rate=3, hasty_s=0.001),
+            Part(name="hasty", share=1, rate=3, hasty_s=0.0002),
         ),
         stages=(Stage(60, 90),),
         objective=(
