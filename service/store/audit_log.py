@@ -48,14 +48,15 @@ async def newest_first(
     limit: int,
 ) -> list[Change]:
     """At most ``limit`` changes at ``since`` (Unix seconds) or later that fit all that is given.  ``actor`` is a
-    user of the system, or who somebody said to be: what he did is under ``<who> (<user>)``."""
+    user of the system, whoever he said to be, or who somebody said to be: kept is ``<who> (<user>)``."""
     wanted = _changes().where(audit_log.c.at >= since).order_by(audit_log.c.id.desc()).limit(limit)
     for name, value in (("action", action), ("subject", subject)):
         if value is not None:
             wanted = wanted.where(audit_log.c[name] == value)
     if actor is not None:
         by = audit_log.c.actor
-        wanted = wanted.where((by == actor) | by.startswith(f"{actor} (", autoescape=True))
+        said, was = by.startswith(f"{actor} (", autoescape=True), by.endswith(f" ({actor})", autoescape=True)
+        wanted = wanted.where((by == actor) | said | was)
     return [Change(*row) for row in await conn.execute(wanted)]
 
 

@@ -187,8 +187,8 @@ async def log(
     """The audit log says who did what, and a worker's log will (``worker.changes``): as catalogue ``version`` if it is
     a change of that, or that it was ``refused``.  ``detail`` must hold no code and no token."""
     row = {
-        "at": now, "actor": actor[:128], "action": action, "subject": _kept(subject)[:128], "detail": _kept(detail),
-        "version": version, "refused": refused,
+        "at": now, "actor": _kept(actor)[:128], "action": action, "subject": _kept(subject)[:128],
+        "detail": _kept(detail), "version": version, "refused": refused,
     }  # fmt: skip
     await connection.execute(insert(audit_log), row)
 
