@@ -14,17 +14,21 @@ import fcntl
 import math
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
+import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
-from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.utils import floatToGoString
 
-from service.metrics import Build, Supervision
+from service.metrics import NAMED, Build, Supervision, bounded
+
+log = structlog.get_logger(__name__)
 
 # How the values that processes have of one gauge become one, by the multiprocess mode that it was declared with;
 # in the mode `liveall` each stays, under its process id.
@@ -88,16 +92,20 @@ def of_this_process() -> bytes:
 def forget(directory: Path, process: int) -> None:
     """What a dead process had open (its ``live`` gauges) no longer counts; what it counted does, in no file of its own.
 
-    A scrape sees it either in the one file or in the other.
+    A scrape sees it either in the one file or in the other.  What can't be folded stays as it is, and the log says so:
+    nothing ends for the sake of its metrics.
     """
-    mark_process_dead(process, path=str(directory))  # type: ignore[no-untyped-call]
-    with _held(directory, fcntl.LOCK_EX):
-        for file in sorted(directory.glob(f"*_{process}.db")):
-            _fold(file)
+    try:
+        with _held(directory, fcntl.LOCK_EX):
+            mark_process_dead(process, path=str(directory))  # type: ignore[no-untyped-call]
+            for file in sorted(directory.glob(f"*_{process}.db")):
+                _fold(file)
+    except (OSError, RuntimeError, struct.error) as fault:  # no room, or what a process that was killed left half done
+        log.warning("metrics of a process that ended were not folded", process=process, fault=repr(fault))
 
 
 def forget_ended(directory: Path) -> None:
-    """As ``forget``, for each process of this directory that there is no more, whoever started it."""
+    """As ``forget``, for each process of this directory that there is no more on this machine, whoever started it."""
     for process in {pid for file in directory.glob("*.db") if (pid := _named(file)[2]) != ENDED}:
         try:
             os.kill(int(process), 0)
@@ -108,7 +116,8 @@ def forget_ended(directory: Path) -> None:
 
 
 def _fold(file: Path) -> None:
-    """The values of this file are in that of the ended, and it is gone."""
+    """The values of this file are in that of the ended, and it is gone.  Only what is killed between the last two lines
+    leaves them in both."""
     kind, mode, _ = _named(file)
     ended = file.with_name("_".join([kind, *([mode] if mode else []), f"{ENDED}.db"]))
     new = ended.with_suffix(".new")
@@ -117,13 +126,32 @@ def _fold(file: Path) -> None:
         shutil.copyfile(ended, new)
     sums = MmapedDict(str(new))  # type: ignore[no-untyped-call]
     known = {key for key, _, _ in sums.read_all_values()}  # type: ignore[no-untyped-call]
-    for key, value in _values(file):
+    names = _Names(known)
+    for own_key, value in _values(file):
+        key = names.bounded(own_key)
         before = sums.read_value(key)[0] if key in known else None  # type: ignore[no-untyped-call]
         joined = value if before is None else _join(mode, before, value)
         sums.write_value(key, joined, 0.0)  # type: ignore[no-untyped-call]
+        known.add(key)
     sums.close()  # type: ignore[no-untyped-call]
     new.replace(ended)
     file.unlink()
+
+
+class _Names:
+    """The names that all ended processes have series of, NAMES_MAX of each kind as in a process that lives."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._known: dict[str, set[str]] = {label: set() for label in NAMED}
+        for key in keys:
+            self.bounded(key)
+
+    def bounded(self, key: str) -> str:
+        """The key with OTHERS in the place of a name beyond the bound."""
+        family, sample, labels, meaning = _KEY.decode(key)
+        for label in self._known.keys() & labels.keys():
+            labels[label] = bounded(self._known[label], labels[label])
+        return str(mmap_key(family, sample, list(labels), list(labels.values()), meaning))
 
 
 @contextlib.contextmanager

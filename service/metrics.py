@@ -41,6 +41,7 @@ LAGS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 # scraped in 200 ms (tests/unit/test_metrics.py).  What comes later is counted under OTHERS, which no name can be.
 NAMES_MAX: Final = 1_000
 OTHERS: Final = "(others)"
+NAMED: Final = ("campaign", "distributor", "pool")  # the labels that are such names
 
 # Kinds of answers that one step of a flush adds up: 0.3 ms, some 5 when their series are new.
 FLUSHED_AT_ONCE: Final = 50
@@ -260,16 +261,16 @@ class Tally:
         sums: defaultdict[tuple[Any, ...], int] = defaultdict(int)
         for counted_by, number in counted:
             if isinstance(counted_by, str):
-                sums[campaign_vouchers_issued, _bounded(_campaigns, counted_by)] += number
+                sums[campaign_vouchers_issued, bounded(_campaigns, counted_by)] += number
                 continue
             status, code, distributor, campaign = counted_by
             sums[requests, self._api, str(status), code] += number
             if status in (401, 403):
                 sums[credentials_refused, self._api, code] += number
             if distributor:
-                sums[distributor_requests, _bounded(_distributors, distributor), code] += number
+                sums[distributor_requests, bounded(_distributors, distributor), code] += number
             if campaign:
-                sums[campaign_requests, _bounded(_campaigns, campaign), code] += number
+                sums[campaign_requests, bounded(_campaigns, campaign), code] += number
         return sums
 
     def _add_seconds(self) -> None:
@@ -290,9 +291,9 @@ _campaigns: Final[set[str]] = set()
 _pools: Final[set[str]] = set()
 
 
-def _bounded(known: set[str], name: str) -> str:
-    """``name``, as long as it is among the first NAMES_MAX that this process met."""
-    if name in known:
+def bounded(known: set[str], name: str) -> str:
+    """``name``, as long as it is among the first NAMES_MAX that were met; OTHERS for those that come later."""
+    if name in known or name == OTHERS:
         return name
     if len(known) >= NAMES_MAX:
         return OTHERS
@@ -300,12 +301,18 @@ def _bounded(known: set[str], name: str) -> str:
     return name
 
 
+def name_pools(pools: Iterable[str]) -> None:
+    """These have series of their own before any other that is met later, as long as there is room."""
+    for pool in pools:
+        bounded(_pools, pool)
+
+
 def set_by_pool(gauge: Gauge, values: Mapping[str, float], joined: Callable[[Iterable[float]], float] = sum) -> None:
     """``gauge`` says what ``values`` has for each pool, and as OTHERS what ``joined`` makes of those beyond
     NAMES_MAX.  All pools have to be given at once."""
     others = []
     for pool, value in values.items():
-        if (name := _bounded(_pools, pool)) == OTHERS:
+        if (name := bounded(_pools, pool)) == OTHERS:
             others.append(value)
         else:
             gauge.labels(name).set(value)
@@ -315,13 +322,13 @@ def set_by_pool(gauge: Gauge, values: Mapping[str, float], joined: Callable[[Ite
 
 def set_of_pool(gauge: Gauge, pool: str, value: float) -> None:
     """``gauge`` says this of one pool; of one beyond NAMES_MAX nothing is said until all are looked at."""
-    if (name := _bounded(_pools, pool)) != OTHERS:
+    if (name := bounded(_pools, pool)) != OTHERS:
         gauge.labels(name).set(value)
 
 
 def leased_by_pool(pool: str, codes: int) -> None:
     """So many codes more went to the window of this pool."""
-    leased.labels(_bounded(_pools, pool)).inc(codes)
+    leased.labels(bounded(_pools, pool)).inc(codes)
 
 
 class Supervision(Collector):

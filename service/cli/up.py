@@ -197,10 +197,8 @@ class Up:
         backoff_s = BACKOFF_LEAST_S
         while True:
             began = time.monotonic()
-            pid = child.pid
             how = await child.ended()
-            if pid is not None:
-                await asyncio.to_thread(exposition.forget, self._metrics, pid)
+            await asyncio.to_thread(exposition.forget_ended, self._metrics)  # and of what a killed `serve` left
             if time.monotonic() - began > STEADY_S:
                 backoff_s = BACKOFF_LEAST_S
             if self._starting:

@@ -29,7 +29,7 @@ import structlog
 
 from service import logs, metrics
 from service.errors import Misconfigured
-from service.exposition import Exposition, forget, forget_ended
+from service.exposition import Exposition, forget
 from service.settings import Settings
 from service.web.ops import Readiness, listening, ops, serving_ops
 from service.web.serving import TEMPORARY_PREFIX, Order, Word
@@ -245,7 +245,6 @@ def _metrics_directory() -> Iterator[Path]:
     given = metrics.given_directory()
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
-        forget_ended(given)  # of a parent that was killed
         yield given
         return
     _remove_orphans(Path(tempfile.gettempdir()))

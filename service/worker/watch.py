@@ -100,6 +100,7 @@ class Watch:
             self._asked = await control.pools_asked(conn, now) - await stock.generated(conn)
             self._leased = await stock.leased_ever(conn)
             metrics.catalogue_stored.labels(str(self._scripts.partition)).set(await control.version(conn))
+        metrics.name_pools(sorted(self._asked))
         metrics.set_by_pool(metrics.stock_codes, self._left)
 
     async def _look_at_both(self) -> str:

@@ -206,11 +206,11 @@ print(os.getpid(), os.getpid() % 2 + 1)
 """
 
 
-def _lives(directory: Path, number: int) -> list[tuple[int, int]]:
+def _lives(directory: Path, number: int, life: str = A_LIFE) -> list[tuple[int, int]]:
     """Of so many processes that have ended: the pid, and what it counted as batches."""
     environment = {**os.environ, metrics.DIRECTORY_VARIABLE: str(directory)}
     running = [
-        subprocess.Popen([sys.executable, "-c", A_LIFE], stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen([sys.executable, "-c", life], stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(number)
     ]
     said = [one.communicate()[0].split() for one in running]
@@ -255,6 +255,44 @@ def test_what_a_parent_that_was_killed_left_is_forgotten_and_no_living_process(t
     assert _of(exposition, "voucherd_connections") == {(): 7}
     assert {file.stem.split("_")[-1] for file in tmp_path.iterdir()} == {"ended", str(living.pid)}
     living.communicate("go on")
+
+
+def test_nothing_ends_because_a_process_that_ended_can_not_be_folded(tmp_path: Path) -> None:
+    exposition = Exposition(tmp_path, metrics.Supervision(1))
+    ((pid, _),) = _lives(tmp_path, 1)
+    (tmp_path / "counter_ended.new").mkdir()  # nothing can be written there
+    forget(tmp_path, pid)
+    assert _of(exposition, "voucherd_replays_total") == {(): 5}
+    (tmp_path / "counter_ended.new").rmdir()
+    forget(tmp_path, pid)
+    assert _of(exposition, "voucherd_replays_total") == {(): 5}
+    assert not list(tmp_path.glob(f"*_{pid}.db"))
+
+
+# Has series of three campaigns of its own, and one that every other life has as well.
+A_LIFE_OF_NAMES = """
+import os
+from service import metrics
+for campaign in ("ALL", *(f"{os.getpid()}-{number}" for number in range(3))):
+    metrics.campaign_requests.labels(campaign, "issued").inc()
+    metrics.stock_codes.labels(campaign).set(1)
+print(os.getpid(), 0)
+"""
+
+
+def test_however_many_processes_end_their_names_keep_to_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "NAMES_MAX", 5)
+    exposition = Exposition(tmp_path, metrics.Supervision(1))
+    for pid, _ in _lives(tmp_path, 4, A_LIFE_OF_NAMES):
+        forget(tmp_path, pid)
+    counted = _of(exposition, "voucherd_campaign_requests_total")
+    names = [dict(labels)["campaign"] for labels in counted]
+    assert len(names) == 6 and {"ALL", metrics.OTHERS} < set(names)
+    assert counted[(("campaign", "ALL"), ("code", "issued"))] == 4
+    assert counted[(("campaign", metrics.OTHERS), ("code", "issued"))] == 12 - 4
+    assert sum(counted.values()) == 16
 
 
 def test_no_scrape_sees_a_counter_go_back_or_twice_while_processes_end(tmp_path: Path) -> None:
