@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -97,7 +96,7 @@ def _page(found: Status) -> RenderableType:
     rows = [_row(one) for one in pools[:POOLS_SHOWN]]
     parts.append(table(["pool", *numbers, "empty in"], rows, numbers=numbers, whole=["empty in"]))
     if len(pools) > POOLS_SHOWN:
-        parts.append(Text(f"and {len(pools) - POOLS_SHOWN:,} pools more, with longer to go: --json has all of them"))
+        parts.append(Text(f"and {len(pools) - POOLS_SHOWN:,} pools more that need nobody sooner: --json has them all"))
     if found.newest_incidents:
         incidents = [(instant(one.raised_at), one.kind, one.subject, one.detail) for one in found.newest_incidents]
         parts.append(table(["raised at", "incident", "where", "detail"], incidents))
@@ -105,15 +104,14 @@ def _page(found: Status) -> RenderableType:
 
 
 def _urgency(pool: PoolStatus) -> tuple[float, str]:
-    """Pools that are asked first, by when they will be empty; then those that are empty; then the rest."""
-    idle = sys.maxsize if pool.exhausted else math.inf
-    return idle if pool.empty_in_s is None else pool.empty_in_s, pool.pool
+    """Pools that are empty and asked, then by when they will be, then those of which nothing was issued."""
+    return math.inf if pool.empty_in_s is None else pool.empty_in_s, pool.pool
 
 
 def _row(pool: PoolStatus) -> tuple[object, ...]:
     return (
         pool.pool, pool.left, pool.window, pool.low_water, pool.last_minute, pool.quarantined,
-        "exhausted" if pool.exhausted and not pool.window else span(pool.empty_in_s),
+        "exhausted" if pool.empty_in_s == 0 or (pool.exhausted and not pool.window) else span(pool.empty_in_s),
     )  # fmt: skip
 
 

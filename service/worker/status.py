@@ -29,7 +29,8 @@ class PoolStatus(msgspec.Struct, frozen=True):
     """One pool, in codes: ``left`` are in the store, not leased and not over (None: the store is away), ``window``
     are ready in Redis, and at ``low_water`` more are leased (both None: Redis is away or has nothing of the pool).
     ``last_minute``: codes issued in the last BURN_S (None: the store is away); ``empty_in_s``: seconds until stock and
-    window are used up at that rate (None: it can't be told, or nothing was issued)."""
+    window are used up at that rate, 0 if they are and somebody may ask (None: it can't be told, or nothing was
+    issued)."""
 
     pool: str
     left: int | None
@@ -129,6 +130,7 @@ class _Kept(msgspec.Struct, frozen=True):
     version: int
     left: dict[str, int]
     used: set[str]
+    asked: set[str]  # those that somebody may ask now, and that can be empty
     issued: dict[str, int]  # in the last BURN_S
     incidents: int
     parked: int
@@ -147,6 +149,7 @@ async def _kept(database: Database, now: int, wrong: list[str]) -> _Kept | None:
                 await control.version(conn),
                 await stock.left(conn, now),
                 await control.pools_in_use(conn, now),
+                await control.pools_asked(conn, now) - await stock.generated(conn),
                 await ledger.issued_by_pool(conn, now - BURN_S),
                 incidents,
                 parked,
@@ -211,6 +214,11 @@ def _pools(kept: _Kept | None, held: Books | None, lows: dict[str, int]) -> list
         left = kept.left.get(pool, 0) if kept is not None else None
         window = windows[pool].length if pool in windows else None
         issued = kept.issued.get(pool, 0) if kept is not None else None
+        empty_in_s = None
+        if kept is not None and not left and window == 0 and pool in kept.asked:
+            empty_in_s = 0
+        elif issued and left is not None:
+            empty_in_s = BURN_S * (left + (window or 0)) // issued
         found.append(
             PoolStatus(
                 pool=pool,
@@ -220,7 +228,7 @@ def _pools(kept: _Kept | None, held: Books | None, lows: dict[str, int]) -> list
                 exhausted=pool in windows and windows[pool].exhausted == windows[pool].stock,
                 quarantined=kept.quarantined.get(pool, 0) if kept is not None else 0,
                 last_minute=issued,
-                empty_in_s=BURN_S * (left + (window or 0)) // issued if issued and left is not None else None,
+                empty_in_s=empty_in_s,
             )
         )
     return found

@@ -356,6 +356,11 @@ def test_status_shows_the_pools_that_need_somebody_and_says_how_many_more_there_
     assert "CAMP-001" in shown, "the one that is asked, not the first by name"
     assert "AAA-" not in shown
     assert "and 3 pools more" in shown
+    ok("campaign", "create", "EMPTY", "--category", "EMPTY", "--product", "EMPTY", "--pool", "AAA-2")
+    ok("campaign", "assign", "EMPTY", "DIST-001")
+    shown = ok("status").stdout
+    assert "AAA-2" in shown and "exhausted" in shown, "one that is asked and empty comes before one that will be"
+    assert "CAMP-001" not in shown
     assert [pool["pool"] for pool in orjson.loads(ok("status", "--json").stdout)["pools"]] == [
         "AAA-0", "AAA-1", "AAA-2", "CAMP-001",
     ]  # fmt: skip
