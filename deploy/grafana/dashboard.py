@@ -104,11 +104,12 @@ def sections() -> tuple[Section, ...]:
                 (f"bottomk(10, min by (pool) ({_name(metrics.pool_empty_in_seconds)}))", "{{pool}}"),
             ), "The ten that are empty first, at the burn rate of the last minute; infinite while nothing is issued."),
             Panel("Stored", units.Short, (
-                (f"bottomk(10, max by (pool) ({_name(metrics.stock_codes)}))", "{{pool}}"),
-            ), "Codes in the store, not leased to a window yet; the ten pools that have fewest."),
+                (_fewest(f"max by (pool) ({_name(metrics.stock_codes)})"), "{{pool}}"),
+            ), "Codes in the store, not leased to a window yet; the ten pools that have fewest, and one that has none "
+               "only if somebody may ask it."),
             Panel("Windows and quarantine", units.Short, (
-                (f"bottomk(10, min by (pool) ({_name(metrics.window_codes)}))", "{{pool}} in its window"),
-                (f"sum({_name(metrics.quarantined_codes)}) or vector(0)", "in quarantine"),
+                (_fewest(f"min by (pool) ({_name(metrics.window_codes)})"), "{{pool}} in its window"),
+                (f"sum(max by (pool) ({_name(metrics.quarantined_codes)})) or vector(0)", "in quarantine"),
             ), "Codes ready to issue, of the ten shortest windows; and those that a generation left behind."),
             Panel("Issued by campaign", units.CountsPerSecond, (
                 (f"topk(10, sum by (campaign) (rate({_name(metrics.campaign_vouchers_issued)}{OVER})))",
@@ -162,7 +163,7 @@ def sections() -> tuple[Section, ...]:
             Panel("Faults", units.CountsPerSecond, (
                 (f"sum(rate({_name(metrics.script_faults)}{OVER})) or vector(0)", "script calls"),
                 (f"sum(rate({_name(metrics.step_faults)}{OVER})) or vector(0)", "steps of the worker"),
-                (f"sum({_name(metrics.unsafe_settings)})", "unsafe settings"),
+                (f"sum(max by (check) ({_name(metrics.unsafe_settings)}))", "unsafe settings"),
                 (f"max({_name(metrics.redis_append_failing)})", "append-only file failing"),
             ), "All of it stays 0 while the servers are well.", 6),
         )),
@@ -239,6 +240,11 @@ def _graph(id: int, panel: Panel) -> TimeseriesPanel:
         ref_id = chr(ord("A") + number)
         graph.with_target(Dataquery().ref_id(ref_id).datasource(source).expr(expression).legend_format(legend))
     return graph
+
+
+def _fewest(codes: str) -> str:
+    """The ten pools that have fewest of these, but for those that are empty and that nobody may ask."""
+    return f"bottomk(10, {codes} > 0 or min by (pool) ({_name(metrics.pool_empty_in_seconds)}) == 0)"
 
 
 def _quantiles(instrument: Histogram, labels: str = "", legend: str = "") -> Iterator[tuple[str, str]]:

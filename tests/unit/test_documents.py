@@ -25,6 +25,11 @@ from service.web.v3_errors import REFUSALS
 ROOT = Path(__file__).parents[2]
 README_LINES_MAX = 200
 DOCUMENTS = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+# What each process has of its own; any other gauge is of the store or of Redis, and each worker says the same of it.
+OF_A_PROCESS = {
+    "voucherd_queue_vouchers", "voucherd_connections", "voucherd_workers", "voucherd_workers_ready",
+    "voucherd_process_resident_bytes", "voucherd_build_info",
+}  # fmt: skip
 TYPES_NOTHING = ("docs/errors.md",)
 
 
@@ -153,6 +158,14 @@ def test_every_refusal_of_client_api_v3_is_in_the_guide_for_integrators() -> Non
 
 def test_the_postman_collection_is_that_of_this_version() -> None:
     assert json.loads((ROOT / "docs" / "postman.json").read_text()) == postman.collection()
+
+
+def test_no_panel_adds_up_what_each_worker_says_of_the_same_thing() -> None:
+    """Several workers watch one store and one Redis: what they say is the same, some a moment later."""
+    of_the_partition = [name for name, kind, _ in metrics.declared() if kind == "gauge" and name not in OF_A_PROCESS]
+    for title, expression in dashboard.expressions():
+        for name in of_the_partition:
+            assert not re.search(rf"\bsum( by \([^)]*\))? ?\({name}\b", expression), (title, expression)
 
 
 def test_the_grafana_dashboard_is_that_of_this_version() -> None:
