@@ -16,10 +16,10 @@ SECRETS ?= deploy/secrets
 .DEFAULT_GOAL := help
 .PHONY: help install run test check lua alerts bench bench-flush bench-import bench-memory bench-outbox bench-recover \
 	bench-scale bench-script chaos chaos-import chaos-rows chaos-whole compare-install dashboard image-test loadtest \
-	manifests mutations postman rolling secrets sim
+	manifests manifests-install mutations postman rolling secrets sim
 
 help: ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## prepare .venv with everything pinned (quick the second time)
 
@@ -105,8 +105,10 @@ secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, 
 		$(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets; }
 	@chmod 444 $(SECRETS)/*  # a container's user is another one; the directory is closed
 
-manifests: install ## deploy/kubernetes held against schemas and put together by kustomize, all installed for it
+manifests-install: install ## what `make manifests` needs: kubectl and schemas, into .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deploy]'
+
+manifests: manifests-install ## deploy/kubernetes held against schemas and put together by kustomize
 	$(BIN)/python -m pytest tests/unit/test_deployment.py $(ARGS)
 
 mutations: install ## six faults in our own code, each of which must make its test red
