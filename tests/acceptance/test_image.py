@@ -2,15 +2,16 @@
 
 Rights, file systems, settings, secrets, ports, commands, healthchecks and times to stop are read from compose.yaml.
 Valkey and PostgreSQL are those of the test requirements, in containers of the same image, Valkey by the command and the
-files of Compose.  Neither their own images nor Compose itself, Prometheus, Grafana or Kubernetes is tried.  Names are
-given by hand, for not every engine has a resolver.  Where no registry is reached the base is a stand-in by debootstrap,
-with Debian's Python.
+files of Compose.  Neither their own images nor Compose itself, Prometheus, Alertmanager, Grafana or Kubernetes is
+tried.  Names are given by hand, for not every engine has a resolver.  Where no registry is reached the base is a
+stand-in by debootstrap, with Debian's Python.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -29,18 +30,31 @@ from tests.unit.test_deployment import BASE, DEPLOY, LAST_STAGE, ROOT, SERVICES,
 pytestmark = pytest.mark.image
 
 COMMAND_S = 600.0  # a build; all else takes seconds
-STAND_IN = "localhost/voucherd-stand-in:bookworm"
+STAND_IN = "localhost/voucherd-stand-in:bookworm-with-pip"
 STAND_IN_HAS = ("ca-certificates", "netbase", "tzdata", "python3", "python3-venv")
+# Debian's Python with what the official image has in /usr/local: pip and setuptools, and their wheels within ensurepip.
+AS_THE_OFFICIAL_ONE = """
+set -e
+rm /usr/lib/python3.11/EXTERNALLY-MANAGED
+pip=$(echo /usr/share/python-wheels/pip-*.whl)
+PYTHONPATH=$pip python3 -m pip install --no-cache-dir --no-index --find-links /usr/share/python-wheels pip setuptools
+mkdir -p /usr/lib/python3.11/ensurepip/_bundled
+mv /usr/share/python-wheels/* /usr/lib/python3.11/ensurepip/_bundled
+rmdir /usr/share/python-wheels
+ln -s /usr/lib/python3.11/ensurepip/_bundled /usr/share/python-wheels
+"""
+INSTALLERS = ("pip", "setuptools", "wheel", "ensurepip", "pkg_resources", "_distutils_hack")
 PAUSE = ("--stop-timeout", "0", "--entrypoint", "sleep")  # a container that others' commands are typed in
 
 
 class Engine:
-    """Docker or Podman, and one network on it, which is gone with all its containers at the end."""
+    """Docker or Podman, and one network on it, which is gone at the end with all containers and images made here."""
 
     def __init__(self, program: str) -> None:
         self.program = program
         self.network = f"voucherd-test-{token_hex(4)}"
         self.made: list[str] = []
+        self.built: list[str] = []
 
     def __call__(self, *words: str, ok: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -50,11 +64,13 @@ class Engine:
         return done
 
     def build(self, base: str, **arguments: str) -> str:
-        tag = "-".join(["voucherd-test", *arguments.values()])
+        tag = "-".join([self.network, *arguments.values()])
         named = {"BASE": base, **arguments}
         given = [word for name, text in named.items() for word in ("--build-arg", f"{name}={text}")]
-        docker_format = ["--format", "docker"] if self.program == "podman" else []
-        self("build", *docker_format, *given, "--file", str(DEPLOY / "Dockerfile"), "--tag", tag, str(ROOT))
+        # Podman would keep the first stage as an image without a name; Docker's BuildKit has a cache for it.
+        of_podman = ["--format", "docker", "--layers=false"] if self.program == "podman" else []
+        self.built.append(tag)
+        self("build", *of_podman, *given, "--file", str(DEPLOY / "Dockerfile"), "--tag", tag, str(ROOT))
         return tag
 
     def start(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
@@ -98,6 +114,8 @@ class Engine:
         for container in reversed(self.made):
             self("rm", "--force", "--volumes", container, ok=False)
         self("network", "rm", self.network, ok=False)
+        for tag in self.built:
+            self("rmi", tag, ok=False)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +150,9 @@ def base(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> str:
         ["debootstrap", "--variant=minbase", f"--include={','.join(STAND_IN_HAS)}", "bookworm", root],
         check=True, capture_output=True, timeout=COMMAND_S,
     )  # fmt: skip
+    subprocess.run(
+        ["chroot", root, "sh", "-c", AS_THE_OFFICIAL_ONE], check=True, capture_output=True, timeout=COMMAND_S
+    )
     for name in ("python", "python3"):
         (root / "usr/local/bin" / name).symlink_to("/usr/bin/python3")
     trusted = Path("/etc/ssl/certs/ca-certificates.crt")  # whom this machine trusts: a proxy of its network, say
@@ -259,7 +280,19 @@ def test_nothing_is_in_the_image_that_is_not_pinned_or_can_install_more(engine: 
     pinned = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {one for one in listed if one not in pinned} == {f"voucherd=={__version__}"}
     assert not [one for one in listed if one.startswith(("opentelemetry", "pip=", "setuptools="))]
-    assert "No module named pip" in engine.execute(idle, "python", "-m", "pip", "--version", ok=False)
+    root = ("--user", "0:0")
+    names = [word for name in INSTALLERS for word in ("-o", "-name", name, "-o", "-name", f"{name}[-0-9.]*")]
+    found = engine.execute(
+        idle, "find", "/", "-xdev", "(", "-name", "*.whl", *names, "-o", "-name", "easy_install*", ")", options=root
+    )  # fmt: skip
+    assert found.split() == []
+    folders = engine.execute(idle, "printenv", "PATH").strip().split(":")
+    listed = engine.execute(idle, "sh", "-c", f"ls -d {'/python* '.join(folders)}/python* 2>/dev/null; true").split()
+    pythons = [path for path in listed if re.fullmatch(r".*/python[\d.]*", path)]  # and not python3-config
+    assert {"/opt/voucherd/bin/python", "/usr/local/bin/python"} <= set(pythons)
+    for python in pythons:
+        missing = f"from importlib.util import find_spec; print([n for n in {INSTALLERS} if find_spec(n)])"
+        assert engine.execute(idle, python, "-c", missing, options=root).strip() == "[]", python
     assert engine.execute(idle, "id", "-u").strip() == "10001"
     whole, below = (json.loads(engine("image", "inspect", name).stdout)[0]["Size"] / 1e6 for name in (image, base))
     print(f"\nthe image has {whole:,.0f} MB, {below:,.0f} of them its base")
