@@ -103,7 +103,10 @@ secrets: install ## deploy/secrets: passwords and keys for deploy/compose.yaml, 
 	done
 	@test -s $(SECRETS)/voucherd_secrets || { rm -f $(SECRETS)/voucherd_secrets; \
 		$(BIN)/voucherd keys create $(SECRETS)/voucherd_secrets; }
+	@for name in alertmanager_page alertmanager_ticket; do \
+		test -s $(SECRETS)/$$name || echo "fill in the key of $$name" > $(SECRETS)/$$name; done
 	@chmod 444 $(SECRETS)/*  # a container's user is another one; the directory is closed
+	@chmod 644 $(SECRETS)/alertmanager_*  # an operator fills them in
 
 manifests-install: install ## what `make manifests` needs: kubectl and schemas, into .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deploy]'

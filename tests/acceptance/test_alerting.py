@@ -17,8 +17,11 @@ import yaml
 
 from loadtest.servers import free_port, until
 from tests.acceptance.test_monitoring import Prometheus, flags
+from tests.unit.test_documents import typed
 
-ROUTES = Path(__file__).parents[2] / "deploy" / "alertmanager" / "alertmanager.yml"
+ROOT = Path(__file__).parents[2]
+ROUTES = ROOT / "deploy" / "alertmanager" / "alertmanager.yml"
+IN_ITS_CONTAINER = "docker compose --file deploy/compose.yaml exec alertmanager "
 RUNBOOK = "https://git.example.com/voucherd/blob/v0.1.0/docs/runbook.md"
 # Books that differ wake somebody; that nobody counts them waits for the morning.  Both fire at once.
 METRICS = """\
@@ -143,6 +146,26 @@ def test_an_alert_comes_to_whom_it_is_for_with_its_like_and_a_link(
     for content, section in ((page, "voucherdbooksdiffer"), (ticket, "voucherdbooksunchecked")):
         assert content["commonAnnotations"]["runbook_url"] == f"{RUNBOOK}#{section}"
         assert "voucherd_runbook" not in content["commonLabels"]
+
+
+def test_what_the_runbook_types_tries_who_is_told_and_keeps_an_alert_quiet(alertmanager: Alertmanager) -> None:
+    if shutil.which("amtool") is None:
+        pytest.skip("no amtool on PATH (Debian's package is prometheus-alertmanager): nothing was typed")
+    lines = [line for line in typed((ROOT / "docs" / "runbook.md").read_text()) if "amtool" in line]
+    for line in lines:
+        assert line.startswith(IN_ITS_CONTAINER) and "//127.0.0.1:9093 " in line
+        words = line.removeprefix(IN_ITS_CONTAINER).replace(":9093", f":{alertmanager.port}").split()
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(lines) == 2
+
+    def quiet() -> bool:
+        return [
+            (one["labels"]["alertname"], one["labels"]["severity"], one["status"]["state"])
+            for one in alertmanager.client.get("api/v2/alerts").json()
+        ] == [("VoucherdTest", "page", "suppressed")]
+
+    until(quiet, "an alert that is silenced")
 
 
 def test_no_alert_waits_for_one_that_it_does_not_follow_from(alertmanager: Alertmanager) -> None:

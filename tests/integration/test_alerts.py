@@ -15,6 +15,7 @@ import yaml
 
 from service import metrics
 from service.checks import CHECKS
+from tests.unit.test_deployment import snippets
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "voucherd.rules.yml"
@@ -68,6 +69,15 @@ def amtool() -> str:
 
 def test_alertmanager_takes_its_configuration(amtool: str) -> None:
     assert "SUCCESS" in _tool(amtool, "check-config", str(ROUTES))
+
+
+def test_alertmanager_takes_receivers_as_the_runbook_fills_them_in(amtool: str, tmp_path: Path) -> None:
+    shown = (yaml.safe_load(text) for text in snippets("docs/runbook.md"))
+    (filled,) = (one["receivers"] for one in shown if "receivers" in one)
+    configured = yaml.safe_load(ROUTES.read_text())
+    assert [one["name"] for one in filled] == [one["name"] for one in configured["receivers"]]
+    (tmp_path / "alertmanager.yml").write_text(yaml.safe_dump({**configured, "receivers": filled}))
+    assert "SUCCESS" in _tool(amtool, "check-config", str(tmp_path / "alertmanager.yml"))
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,7 @@ def test_no_alert_is_sent_where_nobody_listens() -> None:
     assert alertmanager["ports"] == ["127.0.0.1:9093:9093"], "and it listens at its default port"
     assert not [word for word in alertmanager["command"] if word.startswith("--web.listen-address")]
     assert "127.0.0.1:9093/" in alertmanager["healthcheck"]["test"][-1]
+    assert alertmanager_keys() == set(SERVICES["alertmanager"]["secrets"])
     assert set(alertmanager["networks"]) == {"inside", "outside"}, "from Prometheus to whoever is told"
     (mounted,) = re.findall(r"--config.file=(\S+)", " ".join(alertmanager["command"]))
     assert f"./alertmanager/alertmanager.yml:{mounted}:ro" in alertmanager["volumes"]
@@ -257,9 +258,49 @@ def test_no_alert_is_sent_where_nobody_listens() -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
+def alertmanager_keys() -> set[str]:
+    """Secrets that the receivers of the runbook's example take their keys from."""
+    (said,) = (text for text in snippets("docs/runbook.md") if "receivers" in yaml.safe_load(text))
+    files = re.findall(r"_file: (/\S+?)}", said)
+    assert len(files) == len(yaml.safe_load(said)["receivers"]) == 2
+    assert {str(Path(file).parent) for file in files} == {"/run/secrets"}
+    return {Path(file).name for file in files}
+
+
+def snippets(document: str) -> list[str]:
+    """What it shows as YAML."""
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
 def test_no_pod_has_more_rights_than_it_needs(name: str) -> None:
     pod = PODS[name]
     assert pod["serviceAccountName"] in _kind("ServiceAccount")
+@pytest.mark.parametrize("name", SERVICES)
+def test_no_service_that_never_becomes_another_user_keeps_a_right(name: str) -> None:
+    one = SERVICES[name]
+    if name in ("valkey", "postgres"):  # they begin as root, give the data to their user, and become it
+        assert "cap_drop" not in one
+        return
+    assert one["cap_drop"] == ["ALL"]
+    assert one["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_health_of_every_service_is_asked_for_and_through_no_proxy(name: str) -> None:
+    if name == "serve":  # has that of the image
+        return
+    healthcheck = SERVICES[name]["healthcheck"]
+    if name == "migrate":
+        assert healthcheck == {"disable": True}
+    elif healthcheck["test"][:2] == ["CMD", "wget"]:
+        *words, url = healthcheck["test"]
+        assert words == ["CMD", "wget", "-q", "-Y", "off", "-O", "/dev/null"]
+        (published,) = SERVICES[name]["ports"]
+        assert url.startswith(f"http://127.0.0.1:{published.rsplit(':', 1)[1]}/")
+    else:
+        assert name in ("work", "valkey", "postgres")
+
+
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -395,6 +436,11 @@ def test_all_secrets_are_made_by_make_and_none_is_made_again(tmp_path: Path) -> 
     for name in cut_off:
         (folder / name).unlink()
         (folder / name).touch(mode=0o444)
+    for name in alertmanager_keys():
+        assert (folder / name).stat().st_mode & 0o777 == 0o644, "an operator fills it in, and the container reads it"
+        (folder / name).write_text("the-key-of-somebody\n")
+        made[name] = "the-key-of-somebody"
+    assert make_secrets(folder) == made
     after = make_secrets(folder)
     assert {name for name in made if after[name] != made[name]} == cut_off
     assert all(after.values())
