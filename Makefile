@@ -120,8 +120,8 @@ mutations: install ## six faults in our own code, each of which must make its te
 chaos-import: install ## imports killed at 50 random moments on each store (ARGS='--seed 7')
 	$(BIN)/python -m pytest tests/integration/test_import_killed.py --kills 50 --numprocesses $(JOBS) $(ARGS)
 
-alerts: install ## deploy/kubernetes/alerts.yaml: the PrometheusRule, from the rules as they are
-	$(BIN)/python -m deploy.kubernetes.alerts > deploy/kubernetes/alerts.yaml
+alerts: install ## deploy/kubernetes/monitoring/alerts.yaml: the PrometheusRule, from the rules as they are
+	$(BIN)/python -m deploy.kubernetes.alerts > deploy/kubernetes/monitoring/alerts.yaml
 
 dashboard: install ## deploy/grafana/voucherd.json: the Grafana dashboard, from the metrics as they are
 	$(BIN)/python -m deploy.grafana.dashboard > deploy/grafana/voucherd.json

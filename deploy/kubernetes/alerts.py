@@ -1,4 +1,4 @@
-"""``python -m deploy.kubernetes.alerts > deploy/kubernetes/alerts.yaml``: the alerts for the Prometheus operator.
+"""``python -m deploy.kubernetes.alerts``: the alerts for the Prometheus operator, monitoring/alerts.yaml.
 
 The groups of a PrometheusRule are those of a rule file, so the text of that goes in as it stands, with its comments.
 """

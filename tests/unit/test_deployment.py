@@ -22,6 +22,7 @@ from typing import Any
 
 import compose_spec
 import dockerfile
+import httpx
 import pytest
 import yaml
 
@@ -40,20 +41,23 @@ KUBERNETES = DEPLOY / "kubernetes"
 IMAGE = f"voucherd:{__version__}"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+APPLIED_BYTES_MAX = 262_144  # `kubectl apply` keeps what it was given in an annotation, which takes no more
 OURS = {name: one for name, one in SERVICES.items() if one["image"] == IMAGE}
 PROMETHEUS = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
 BUILT = dockerfile.parse_file(str(DEPLOY / "Dockerfile"))
 (BASE,) = (one.value[0].removeprefix("BASE=") for one in BUILT if one.cmd == "ARG" and one.value[0].startswith("BASE="))
 LAST_STAGE = BUILT[max(number for number, one in enumerate(BUILT) if one.cmd == "FROM") :]
 KUSTOMIZATION = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+MONITORING = KUBERNETES / "monitoring"
 
 
-def _resources() -> list[dict[str, Any]]:
-    files = [KUBERNETES / name for name in KUSTOMIZATION["resources"]]
+def _resources(directory: Path) -> list[dict[str, Any]]:
+    files = [directory / name for name in yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"]]
     return [one for file in files for one in yaml.safe_load_all(file.read_text())]
 
 
-RESOURCES = _resources()
+BASE_RESOURCES = _resources(KUBERNETES)
+RESOURCES = [*BASE_RESOURCES, *_resources(MONITORING)]
 PODS = {
     one["metadata"]["name"]: one["spec"]["template"]["spec"]
     for one in RESOURCES
@@ -233,7 +237,7 @@ def test_ops_ports_are_for_prometheus_alone() -> None:
 
 
 def test_nobody_on_kubernetes_is_woken_by_other_rules() -> None:
-    assert (KUBERNETES / "alerts.yaml").read_text() == alerts.prometheus_rule(), "`make alerts` makes it"
+    assert (MONITORING / "alerts.yaml").read_text() == alerts.prometheus_rule(), "`make alerts` makes it"
     (rule,) = _kind("PrometheusRule").values()
     rules = alerts.RULES.read_text()
     assert rule["spec"] == yaml.safe_load(rules)
@@ -244,20 +248,16 @@ def test_nobody_on_kubernetes_is_woken_by_other_rules() -> None:
 def test_no_alert_is_sent_where_nobody_listens() -> None:
     (listed,) = PROMETHEUS["alerting"]["alertmanagers"]
     assert listed == {"static_configs": [{"targets": ["alertmanager:9093"]}]}
+    assert alertmanager_keys() == set(SERVICES["alertmanager"]["secrets"])
     alertmanager = SERVICES["alertmanager"]
     assert alertmanager["ports"] == ["127.0.0.1:9093:9093"], "and it listens at its default port"
     assert not [word for word in alertmanager["command"] if word.startswith("--web.listen-address")]
     assert "127.0.0.1:9093/" in alertmanager["healthcheck"]["test"][-1]
-    assert alertmanager_keys() == set(SERVICES["alertmanager"]["secrets"])
     assert set(alertmanager["networks"]) == {"inside", "outside"}, "from Prometheus to whoever is told"
     (mounted,) = re.findall(r"--config.file=(\S+)", " ".join(alertmanager["command"]))
     assert f"./alertmanager/alertmanager.yml:{mounted}:ro" in alertmanager["volumes"]
 
 
-# --- how processes run
-
-
-@pytest.mark.parametrize("name", PODS)
 def alertmanager_keys() -> set[str]:
     """Secrets that the receivers of the runbook's example take their keys from."""
     (said,) = (text for text in snippets("docs/runbook.md") if "receivers" in yaml.safe_load(text))
@@ -272,9 +272,9 @@ def snippets(document: str) -> list[str]:
     return re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_no_pod_has_more_rights_than_it_needs(name: str) -> None:
-    pod = PODS[name]
-    assert pod["serviceAccountName"] in _kind("ServiceAccount")
+# --- how processes run
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_no_service_that_never_becomes_another_user_keeps_a_right(name: str) -> None:
     one = SERVICES[name]
@@ -301,6 +301,10 @@ def test_health_of_every_service_is_asked_for_and_through_no_proxy(name: str) ->
         assert name in ("work", "valkey", "postgres")
 
 
+@pytest.mark.parametrize("name", PODS)
+def test_no_pod_has_more_rights_than_it_needs(name: str) -> None:
+    pod = PODS[name]
+    assert pod["serviceAccountName"] in _kind("ServiceAccount")
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -432,15 +436,15 @@ def test_all_secrets_are_made_by_make_and_none_is_made_again(tmp_path: Path) -> 
     assert folder.stat().st_mode & 0o077 == 0
     keyring.load(folder / "voucherd_secrets")
     assert make_secrets(folder) == made
-    cut_off = {"store_password", "voucherd_secrets"}
-    for name in cut_off:
-        (folder / name).unlink()
-        (folder / name).touch(mode=0o444)
     for name in alertmanager_keys():
         assert (folder / name).stat().st_mode & 0o777 == 0o644, "an operator fills it in, and the container reads it"
         (folder / name).write_text("the-key-of-somebody\n")
         made[name] = "the-key-of-somebody"
     assert make_secrets(folder) == made
+    cut_off = {"store_password", "voucherd_secrets"}
+    for name in cut_off:
+        (folder / name).unlink()
+        (folder / name).touch(mode=0o444)
     after = make_secrets(folder)
     assert {name for name in made if after[name] != made[name]} == cut_off
     assert all(after.values())
@@ -470,6 +474,21 @@ def test_compose_takes_its_file() -> None:
     assert set(found.service_names()) == set(SERVICES)
     with pytest.raises(ValueError, match="read_onyl"):
         compose_spec.PyCompose.from_json(json.dumps({"services": {"x": {"image": "x", "read_onyl": True}}}))
+
+
+def test_a_second_file_by_the_documents_lets_spans_out_of_compose() -> None:
+    (said,) = (text for text in snippets("docs/logs.md") if "services" in yaml.safe_load(text))
+    second = yaml.safe_load(said)
+    compose_spec.PyCompose.from_json(json.dumps({"services": second["services"]}))
+    assert second["services"].keys() == OURS.keys(), "who shares the image is built alike"
+    for name, one in second["services"].items():
+        assert one["image"] != IMAGE, "what is there is not taken for it"
+        assert one["build"] == {"args": {"EXTRAS": "otel"}}
+        assert COMPOSE["networks"].keys() >= set(one["networks"]), name
+        assert "outside" in one["networks"]
+        merged = {**SERVICES[name]["environment"], **one["environment"]}
+        assert load({key: text for key, text in merged.items() if not key.endswith("_FILE")}).otel
+        assert merged["OTEL_EXPORTER_OTLP_ENDPOINT"].startswith("http")
 
 
 @pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
@@ -532,7 +551,9 @@ def _kustomize(kubectl: str, directory: Path) -> list[dict[str, Any]]:
 
 def test_kustomize_puts_it_together(kubectl: str) -> None:
     made = _kustomize(kubectl, KUBERNETES)
-    assert len(made) == len(RESOURCES) + 1
+    assert len(made) == len(BASE_RESOURCES) + 1
+    groups = {one["apiVersion"].rpartition("/")[0] for one in made}
+    assert not [group for group in groups if "." in group and not group.endswith("k8s.io")], "no cluster lacks a kind"
     (settings,) = (one["metadata"]["name"] for one in made if one["kind"] == "ConfigMap")
     pods = [one["spec"]["template"] for one in made if one["kind"] in ("Deployment", "Job")]
     for pod in pods:
@@ -551,17 +572,53 @@ def test_kustomize_puts_it_together(kubectl: str) -> None:
 def test_an_overlay_by_the_runbook_gives_every_alert_a_link_and_the_operator_its_label(
     kubectl: str, tmp_path: Path
 ) -> None:
-    (said,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "runbook.md").read_text(), re.DOTALL)
-    base = os.path.relpath(KUBERNETES, tmp_path.resolve())
-    (tmp_path / "kustomization.yaml").write_text(said.replace("../deploy/kubernetes", base))
-    made = _kustomize(kubectl, tmp_path)
+    said, made = _overlay(kubectl, "docs/runbook.md", "components", tmp_path)
     for one in made:
         assert one["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    assert sum(one["kind"] == "PodMonitor" for one in made) == 2
+    for one in made:
+        if one["kind"] in ("PodMonitor", "PrometheusRule"):
+            assert one["metadata"]["labels"]["app.kubernetes.io/name"] == "voucherd"
+    (shown,) = (one for one in made if one["metadata"]["labels"].get("grafana_dashboard") == "1")
+    assert shown["data"] == {"voucherd.json": (DEPLOY / "grafana" / "voucherd.json").read_text()}
+    assert len(json.dumps(shown)) < APPLIED_BYTES_MAX
     (rule,) = (one for one in made if one["kind"] == "PrometheusRule")
     links = {one["alert"]: one["annotations"]["runbook_url"] for one in _alerts(rule["spec"])}
     assert links.keys() == {one["alert"] for one in _alerts(_kind("PrometheusRule")["voucherd"]["spec"])}
     (address,) = re.findall(r"address=([^\"]+)", said)
     assert links == {name: f"{address}#{name.lower()}" for name in links}
+
+
+def test_an_overlay_by_the_runbook_takes_the_image_from_another_registry(kubectl: str, tmp_path: Path) -> None:
+    said, made = _overlay(kubectl, "docs/runbook.md", "images", tmp_path)
+    (image,) = yaml.safe_load(said)["images"]
+    pods = [one["spec"]["template"]["spec"] for one in made if one["kind"] in ("Deployment", "Job")]
+    assert len(pods) == len(PODS)
+    for pod in pods:
+        assert [one["image"] for one in pod["containers"]] == [f"{image['newName']}:{__version__}"]
+
+
+def test_an_overlay_by_the_documents_lets_spans_out(kubectl: str, tmp_path: Path) -> None:
+    _, made = _overlay(kubectl, "docs/logs.md", "patches", tmp_path)
+    (settings,) = (one for one in made if one["kind"] == "ConfigMap")
+    assert settings["data"].items() > SETTINGS_MAP.items()
+    environment = {name: text for name, text in settings["data"].items() if not name.endswith("_FILE")}
+    assert load(environment).otel
+    port = httpx.URL(settings["data"]["OTEL_EXPORTER_OTLP_ENDPOINT"]).port
+    policies = {one["metadata"]["name"]: one["spec"] for one in made if one["kind"] == "NetworkPolicy"}
+    before = {name: one["spec"] for name, one in _kind("NetworkPolicy").items()}
+    rules = policies["voucherd"]["egress"]
+    assert rules == [*before["voucherd"]["egress"], {"ports": [{"protocol": "TCP", "port": port}]}]
+    assert "egress" not in policies["voucherd-serve"]
+
+
+def _overlay(kubectl: str, document: str, has: str, directory: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The one overlay of a document that has this field, and what kustomize makes of it beside the base."""
+    (said,) = (text for text in snippets(document) if {"resources", has} <= yaml.safe_load(text).keys())
+    base = os.path.relpath(KUBERNETES, directory.resolve())
+    (directory / "kustomization.yaml").write_text(said.replace("../deploy/kubernetes", base))
+    shutil.copy(DEPLOY / "grafana" / "voucherd.json", directory)
+    return said, _kustomize(kubectl, directory)
 
 
 def _alerts(rules: dict[str, Any]) -> list[dict[str, Any]]:
