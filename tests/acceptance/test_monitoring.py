@@ -99,6 +99,9 @@ def prometheus(running: Service, tmp_path: Path) -> Iterator[Prometheus]:
 async def test_no_metric_is_missing_no_rule_fails_and_no_panel_is_empty(
     running: Service, prometheus: Prometheus, tmp_path: Path
 ) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool on PATH (it is in Debian's package prometheus): the metrics were not looked at")
     running.at_once = asyncio.Semaphore(32)
     await running.furnish(60)
     until(lambda: prometheus.get("query", query="sum(up)") and prometheus.values("sum(up)") == [2.0], "two targets")
@@ -129,10 +132,9 @@ async def test_no_metric_is_missing_no_rule_fails_and_no_panel_is_empty(
     def rules() -> list[dict[str, Any]]:
         return [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
 
-    promtool = shutil.which("promtool")
     for port in (running.ops_port, int(running.environment["VOUCHERD_WORK_OPS_PORT"])):
         said = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).content
-        linted = subprocess.run([promtool or "promtool", "check", "metrics"], input=said, capture_output=True)
+        linted = subprocess.run([promtool, "check", "metrics"], input=said, capture_output=True)
         assert (linted.returncode, linted.stdout + linted.stderr) == (0, b"")
 
     until(lambda: {rule["health"] for rule in rules()} == {"ok"}, "every rule evaluated")
