@@ -6,6 +6,7 @@ programs are started again by whoever called it (``Stage.mend``).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,14 +16,16 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal
 
 import msgspec
 import psutil
 import redis
+from redis.client import Pipeline
 
 from loadtest.servers import free_port
+from service import keys
 from service.store.flush import STORE_OLDER
 from service.worker.flush import CLAIM_AFTER_MS
 from tests.chaos import power
@@ -384,25 +387,40 @@ def more_is_asked_for_than_can_be_issued(stage: Stage, rng: random.Random) -> No
 # --- what nobody should write --------------------------------------------------------------------------------------
 
 
-def a_malformed_entry(stage: Stage, rng: random.Random) -> None:
+def a_malformed_entry(stage: Stage, rng: random.Random) -> bool:
+    """False if no outbox takes entries now."""
     odd = rng.choice(({"x": "y"}, {"generation": "1", "seq": "-3", "codes": "0", "issued": "", "asides": ""}))
-    with stage.admin() as admin:
-        generation = admin.hget("{0}:generation", "open")
-        admin.xadd(f"{{0}}:{generation}:outbox", odd)  # type: ignore[arg-type]
+    with stage.admin() as admin, _taking_entries(admin) as (pipe, generation):
+        if generation:
+            pipe.xadd(f"{{0}}:{generation}:outbox", odd)  # type: ignore[arg-type]
+    return bool(generation)
 
 
-def entries_come_twice(stage: Stage, rng: random.Random) -> None:
-    """Some of what is in the outbox is there once more, and counted once more, as it would be."""
-    with stage.admin() as admin:
-        generation = admin.hget("{0}:generation", "open")
+def entries_come_twice(stage: Stage, rng: random.Random) -> bool:
+    """Some of what is in the outbox is there once more, and counted once more, as it would be; False if there is
+    nothing."""
+    with stage.admin() as admin, _taking_entries(admin) as (pipe, generation):
         outbox, totals = f"{{0}}:{generation}:outbox", f"{{0}}:{generation}:totals"
-        for _, fields in admin.xrange(outbox, count=rng.randint(1, 5)):
-            if "issued" in fields and "seq" in fields:
-                with admin.pipeline(transaction=True) as pipe:
-                    pipe.xadd(outbox, fields)
-                    for count in ("codes", "bytes"):
-                        pipe.hincrby(totals, count, int(fields[count]))
-                    pipe.execute()
+        entries = [fields for _, fields in admin.xrange(outbox, count=rng.randint(1, 5))] if generation else []
+        again = [fields for fields in entries if "issued" in fields and "seq" in fields]
+        for fields in again:
+            pipe.xadd(outbox, fields)
+            for count in ("codes", "bytes"):
+                pipe.hincrby(totals, count, int(fields[count]))
+    return bool(again)
+
+
+@contextlib.contextmanager
+def _taking_entries(admin: redis.Redis) -> Iterator[tuple[Pipeline, str]]:
+    """What is put into the pipe is written as scripts would: while this generation is open, or not at all ('': none
+    is).  An entry in one that was left, or of none, would be of nobody's making, and nobody would look for it there."""
+    with admin.pipeline(transaction=True) as pipe:
+        pipe.watch(keys.generation(0))
+        seen = pipe.hgetall(keys.generation(0))
+        agrees = seen.get("replid") == pipe.info("replication")["master_replid"]
+        pipe.multi()
+        yield pipe, seen.get("open", "") if agrees else ""
+        pipe.execute()
 
 
 # --- what operators do -------------------------------------------------------------------------------------------
