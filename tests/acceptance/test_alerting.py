@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -11,16 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import yaml
 
-from loadtest.servers import free_port, until
-from tests.acceptance.test_monitoring import Prometheus, flags
+from loadtest.servers import until
+from tests.acceptance.monitors import Alertmanager, Prometheus
+from tests.programs import installed
 from tests.unit.test_documents import typed
 
 ROOT = Path(__file__).parents[2]
-ROUTES = ROOT / "deploy" / "alertmanager" / "alertmanager.yml"
 IN_ITS_CONTAINER = "docker compose --file deploy/compose.yaml exec alertmanager "
 RUNBOOK = "https://git.example.com/voucherd/blob/v0.1.0/docs/runbook.md"
 # Books that differ wake somebody; that nobody counts them waits for the morning.  Both fire at once.
@@ -71,72 +68,35 @@ def outside() -> Iterator[Outside]:
     made.server.server_close()
 
 
-class Alertmanager:
-    """One by the configuration that is shipped, with receivers filled in, that does not wait before it tells."""
-
-    def __init__(self, program: str, directory: Path, outside: int) -> None:
-        configured = yaml.safe_load(ROUTES.read_text())
-        configured["route"]["group_wait"] = "2s"
-        for receiver in configured["receivers"]:
-            receiver["webhook_configs"] = [{"url": f"http://127.0.0.1:{outside}/{receiver['name']}"}]
-        directory.mkdir()
-        (directory / "alertmanager.yml").write_text(yaml.safe_dump(configured))
-        self.port = free_port()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/", trust_env=False)
-        with (directory / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [program, *flags("alertmanager", directory), f"--web.listen-address=127.0.0.1:{self.port}"],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def ready(self) -> bool:
-        try:
-            return self.client.get("-/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def waits(self, alerts: list[dict[str, str]]) -> list[dict[str, str]]:
-        """Those of these that wait for another one, once all are there."""
-        self.client.post("api/v2/alerts", json=[{"labels": labels} for labels in alerts]).raise_for_status()
-
-        def taken() -> list[dict[str, Any]]:
-            found = self.client.get("api/v2/alerts").json()
-            return found if len(found) == len(alerts) else []
-
-        return [one["labels"] for one in until(taken, "every alert") if one["status"]["inhibitedBy"]]
-
-
 @pytest.fixture
 def alertmanager(tmp_path: Path, outside: Outside) -> Iterator[Alertmanager]:
-    program = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
-    if program is None:
-        pytest.skip(
-            "no alertmanager on PATH (Debian's package is prometheus-alertmanager): nobody was told of any alert"
-        )
-    made = Alertmanager(program, tmp_path / "alertmanager", outside.port)
-    until(made.ready, "Alertmanager")
-    yield made
-    made.client.close()
-    made.process.terminate()
-    made.process.wait()
+    program = installed(
+        "prometheus-alertmanager", "alertmanager", package="prometheus-alertmanager",
+        untried="nobody was told of any alert",
+    )  # fmt: skip
+    with Alertmanager(program, tmp_path / "alertmanager", outside.port) as made:
+        until(made.ready, "Alertmanager")
+        yield made
+
+
+def _waiting(alertmanager: Alertmanager, alerts: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of these that wait for another one, once all are there."""
+    alertmanager.client.post("api/v2/alerts", json=[{"labels": labels} for labels in alerts]).raise_for_status()
+
+    def taken() -> list[dict[str, Any]]:
+        found = alertmanager.client.get("api/v2/alerts").json()
+        return found if len(found) == len(alerts) else []
+
+    return [one["labels"] for one in until(taken, "every alert") if one["status"]["inhibitedBy"]]
 
 
 def test_an_alert_comes_to_whom_it_is_for_with_its_like_and_a_link(
     alertmanager: Alertmanager, outside: Outside, tmp_path: Path
 ) -> None:
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("no prometheus on PATH (Debian's package is prometheus): no alert was raised")
-    prometheus = Prometheus(
-        program, tmp_path, runbook=RUNBOOK, alertmanager=alertmanager.port,
-        **{"voucherd-serve": outside.port, "voucherd-work": outside.port},
-    )  # fmt: skip
-    try:
+    program = installed("prometheus", package="prometheus", untried="no alert was raised")
+    targets = {"voucherd-serve": outside.port, "voucherd-work": outside.port}
+    with Prometheus(program, tmp_path, runbook=RUNBOOK, alertmanager=alertmanager.port, **targets):
         until(lambda: len(outside.told) >= 2, "one page and one ticket")
-    finally:
-        prometheus.client.close()
-        prometheus.process.terminate()
-        prometheus.process.wait()
     told = dict(outside.told)
     assert len(outside.told) == 2 and told.keys() == {"/page", "/ticket"}
     page, ticket = told["/page"], told["/ticket"]
@@ -149,8 +109,7 @@ def test_an_alert_comes_to_whom_it_is_for_with_its_like_and_a_link(
 
 
 def test_what_the_runbook_types_tries_who_is_told_and_keeps_an_alert_quiet(alertmanager: Alertmanager) -> None:
-    if shutil.which("amtool") is None:
-        pytest.skip("no amtool on PATH (Debian's package is prometheus-alertmanager): nothing was typed")
+    installed("amtool", package="prometheus-alertmanager", untried="nothing was typed")
     lines = [line for line in typed((ROOT / "docs" / "runbook.md").read_text()) if "amtool" in line]
     for line in lines:
         assert line.startswith(IN_ITS_CONTAINER) and "//127.0.0.1:9093 " in line
@@ -194,5 +153,5 @@ def test_no_alert_waits_for_one_that_it_does_not_follow_from(alertmanager: Alert
         of("OutboxFills", partition="0"),
         of("WorkerGone", loop="watch"),
     ]
-    waiting = alertmanager.waits([*caused, *not_caused, *causes])
+    waiting = _waiting(alertmanager, [*caused, *not_caused, *causes])
     assert sorted(waiting, key=str) == sorted(caused, key=str)

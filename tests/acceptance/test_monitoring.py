@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from deploy.grafana import dashboard
 from loadtest.servers import free_port, until
 from service import metrics
+from tests.acceptance.monitors import Prometheus
 from tests.acceptance.service import Service
 from tests.acceptance.test_loadtest import loadtest
+from tests.programs import installed
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-PROMETHEUS = DEPLOY / "prometheus"
 SPAN = "[20s]"  # what Grafana would put in for a scrape every second, and a little more for a busy machine
 PANELS_S = 30.0  # until every panel has data, after a load test
 # What fires, or is about to, when sixty codes are given and ten more are wanted, and something was just published.
@@ -32,76 +30,22 @@ OF_AN_EMPTY_POOL = {
 STORM_CODES = 20  # so few that a retry storm can't come to its objective
 
 
-class Prometheus:
-    """One that scrapes ``serve`` and ``work`` every second by the configuration that is shipped, but for addresses."""
-
-    def __init__(
-        self, program: str, directory: Path, *, runbook: str = "", alertmanager: int = 0, **targets: int
-    ) -> None:
-        configured = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-        configured["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-        configured["global"]["external_labels"]["voucherd_runbook"] = runbook
-        (listed,) = configured["alerting"]["alertmanagers"]
-        listed["static_configs"] = [{"targets": [f"127.0.0.1:{alertmanager}"] if alertmanager else []}]
-        configured["rule_files"] = [str(PROMETHEUS / name) for name in configured["rule_files"]]
-        for job in configured["scrape_configs"]:
-            job["static_configs"] = [{"targets": [f"127.0.0.1:{targets[job['job_name']]}"]}]
-        (directory / "prometheus.yml").write_text(yaml.safe_dump(configured))
-        self.port = free_port()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api/v1/", trust_env=False)
-        with (directory / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [program, *flags("prometheus", directory), f"--web.listen-address=127.0.0.1:{self.port}"],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def get(self, path: str, **parameters: str) -> Any:
-        """The data of one answer of its API; None while it does not answer."""
-        try:
-            answer = self.client.get(path, params=parameters)
-        except httpx.TransportError:
-            return None
-        said = answer.json() if answer.headers["content-type"].startswith("application/json") else {}
-        assert said.get("status") != "error", said
-        return said.get("data")
-
-    def values(self, expression: str) -> list[float]:
-        """What an expression gives now."""
-        found = self.get("query", query=expression)["result"]
-        return [float(one["value"][1]) for one in found]
-
-
-def flags(service: str, directory: Path) -> list[str]:
-    """Those of ``deploy/compose.yaml``, with configuration and data in a directory."""
-    said = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"][service]["command"]
-    return [
-        one.replace(f"=/etc/{service}/", f"={directory}/").replace(f"=/{service}", f"={directory}/data") for one in said
-    ]
-
-
 @pytest.fixture
 def prometheus(running: Service, tmp_path: Path) -> Iterator[Prometheus]:
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("no prometheus on PATH (Debian's package is prometheus): the metrics were not scraped")
+    program = installed("prometheus", package="prometheus", untried="the metrics were not scraped")
     work_ops_port = free_port()
     running.environment["VOUCHERD_WORK_OPS_PORT"] = str(work_ops_port)
     running.start("serve", "work")
     targets = {"voucherd-serve": running.ops_port, "voucherd-work": work_ops_port}
-    made = Prometheus(program, tmp_path, **targets)
-    yield made
-    made.client.close()
-    made.process.terminate()
-    made.process.wait()
+    with Prometheus(program, tmp_path, **targets) as made:
+        yield made
 
 
 @pytest.mark.parametrize("running", ["sqlite"], indirect=True)
 async def test_no_metric_is_missing_no_rule_fails_and_no_panel_is_empty(
     running: Service, prometheus: Prometheus, tmp_path: Path
 ) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("no promtool on PATH (it is in Debian's package prometheus): the metrics were not looked at")
+    promtool = installed("promtool", package="prometheus", untried="the metrics were not looked at")
     running.at_once = asyncio.Semaphore(32)
     await running.furnish(60)
     until(lambda: prometheus.get("query", query="sum(up)") and prometheus.values("sum(up)") == [2.0], "two targets")

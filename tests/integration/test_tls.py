@@ -20,6 +20,7 @@ from service.errors import StoreUnreachable
 from service.line import connect
 from service.settings import load
 from service.store.database import Database
+from tests.programs import server_binary
 from tests.tls import HOST, Authority, Terminator
 
 ECHO = "return ARGV[1]"
@@ -59,15 +60,13 @@ def tls_redis(request: pytest.FixtureRequest, servers_dir: Path, authority: Auth
 
 
 def _redis(directory: Path, authority: Authority, certificate: Path, key: Path, *, clients: str) -> Iterator[int]:
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("no redis-server on PATH: TLS was tried in front of Valkey alone")
+    binary = server_binary("redis-server", untried="TLS was tried in front of Valkey alone")
     port = free_port()
     options = {
         "tls-port": str(port), "tls-cert-file": str(certificate), "tls-key-file": str(key),
         "tls-ca-cert-file": str(authority.file), "tls-auth-clients": clients,
     }  # fmt: skip
-    server = RedisServer(Path(binary), directory, options)
+    server = RedisServer(binary, directory, options)
     server.start()
     yield port
     server.stop()
