@@ -298,10 +298,12 @@ async def pools_in_use(connection: AsyncConnection, now: int) -> set[str]:
 
 
 async def pools_asked(connection: AsyncConnection, now: int) -> set[str]:
-    """Pools that a campaign issues from to somebody now: it runs, and is assigned."""
+    """Pools that a campaign issues from to somebody now (it runs, and is assigned), and that can be empty: `work` makes
+    no codes for them."""
     asked = select(campaigns.c.pool).where(
         not_over(now), campaigns.c.starts_at <= now, campaigns.c.paused.is_(False),
         campaigns.c.id.in_(select(assignments.c.campaign)),
+        campaigns.c.pool.in_(select(pools.c.id).where(pools.c.generator.is_(None))),
     )  # fmt: skip
     return set(await connection.scalars(asked.distinct()))
 

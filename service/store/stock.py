@@ -294,11 +294,6 @@ async def left(connection: AsyncConnection, now: int) -> dict[str, int]:
     return {pool: int(stored) for pool, stored in await connection.execute(counted)}
 
 
-async def generated(connection: AsyncConnection) -> set[str]:
-    """Pools that `work` makes codes for, so that they never run dry."""
-    return set(await connection.scalars(select(pools.c.id).where(pools.c.generator.is_not(None))))
-
-
 async def leased_ever(connection: AsyncConnection) -> dict[str, int]:
     """Per pool, how many positions of its lots were passed by leases: what it is now less what it was, was leased."""
     passed = select(lots.c.pool, func.sum(lots.c.leased_to)).group_by(lots.c.pool)

@@ -149,7 +149,7 @@ async def _kept(database: Database, now: int, wrong: list[str]) -> _Kept | None:
                 await control.version(conn),
                 await stock.left(conn, now),
                 await control.pools_in_use(conn, now),
-                await control.pools_asked(conn, now) - await stock.generated(conn),
+                await control.pools_asked(conn, now),
                 await ledger.issued_by_pool(conn, now - BURN_S),
                 incidents,
                 parked,

@@ -97,7 +97,7 @@ class Watch:
         async with self._database.read() as conn:
             self._left = await stock.left(conn, now)
             self._used = await control.pools_in_use(conn, now)
-            self._asked = await control.pools_asked(conn, now) - await stock.generated(conn)
+            self._asked = await control.pools_asked(conn, now)
             self._leased = await stock.leased_ever(conn)
             metrics.catalogue_stored.labels(str(self._scripts.partition)).set(await control.version(conn))
         metrics.name_pools(sorted(self._asked))
